@@ -1,0 +1,1 @@
+"""Kernels: a target-neutral description, printed as Triton and as C++."""
