@@ -1,0 +1,117 @@
+"""Perplexity of a causal language model on a text, counted with sliding windows.
+
+python examples/perplexity.py examples/tiny_llama --dtype bfloat16
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model loses on a text: `nll` is the sum over all tokens, in nats."""
+
+    nll: float
+    tokens: int
+    bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def per_byte(self) -> float:
+        """Comparable between tokenizers, which `per_token` is not."""
+        return math.exp(self.nll / self.bytes)
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.per_token:.3f} per token, {self.per_byte:.4f} per byte "
+            f"({self.tokens} tokens, {self.bytes} bytes)"
+        )
+
+
+def windows(tokens: Tensor, bos: int, window: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Cut `tokens` [T] into inputs and labels, both [number of windows, window].
+
+    Every input is `bos` and the tokens that precede its labels. Each token is a label exactly once: the first
+    window has all of its own, the others their last `stride`, and IGNORED stands everywhere else. All
+    windows have one shape, so that a compiled model sees one.
+    """
+    starts = range(0, max(len(tokens) - window, 0) + stride, stride)
+    inputs = torch.full((len(starts), window), bos)
+    labels = torch.full((len(starts), window), IGNORED)
+    for row, start in enumerate(starts):
+        piece = tokens[start : start + window]
+        fresh = 0 if row == 0 else window - stride
+        inputs[row, 1 : len(piece)] = piece[:-1]
+        labels[row, fresh : len(piece)] = piece[fresh:]
+    return inputs, labels
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 512,
+    stride: int = 256,
+    batch: int = 4,
+) -> Perplexity:
+    """Perplexity of `model`, a transformers causal language model, compiled or not, on `text`.
+
+    Each token is predicted from at least `window - stride` tokens before it (the first window apart), and
+    from at most `window`, the start token included. The sum is taken in float32 on the model's device.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    inputs, labels = windows(ids, tokenizer.bos_token_id, window, stride)
+    device = next(model.parameters()).device
+    nll = 0.0
+    for x, y in zip(torch.split(inputs, batch), torch.split(labels, batch), strict=True):
+        logits = model(input_ids=x.to(device), use_cache=False).logits
+        nll += F.cross_entropy(
+            logits.flatten(0, 1).float(), y.flatten().to(device), ignore_index=IGNORED, reduction="sum"
+        ).item()
+    return Perplexity(nll, len(ids), len(text.encode()))
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=here / "tiny_llama", help="a saved model")
+    parser.add_argument("--text", type=Path, help="UTF-8 text (default: heldout.txt in the folder)")
+    parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", help='a torch.compile backend, e.g. "llmcomp" (default: eager)')
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--stride", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    args = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, args.dtype))
+    model = model.to(args.device).eval()
+    if args.backend:
+        model.compile(backend=args.backend)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    text = (args.text or args.folder / "heldout.txt").read_bytes()[: args.bytes].decode(errors="ignore")
+    start = time.perf_counter()
+    result = perplexity(model, tokenizer, text, window=args.window, stride=args.stride, batch=args.batch)
+    print(f"{result}, {args.dtype}, {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
