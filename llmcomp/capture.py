@@ -1,0 +1,106 @@
+"""Dynamo graph -> flat ATen graphs, by AOTAutograd.
+
+    Dynamo graph of an inference call  ->  one graph; linear and attention are single nodes, mutations are copy_
+    Dynamo graph that needs gradients  ->  a forward graph and a backward graph, in AOTAutograd's plain ATen
+
+A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in `meta["val"]`, and the
+placeholders of parameters and buffers have `meta["static"]` set: their memory stays where it is between calls.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import GraphModule
+
+from llmcomp import compat
+from llmcomp.errors import CaptureError
+
+KEPT_WHOLE = (torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default)
+
+# Flat inputs in, the tuple of flat outputs out. `None` outputs stay None.
+GraphFunction = Callable[..., tuple[Any, ...]]
+CompileGraph = Callable[[GraphModule, Sequence[Any]], GraphFunction]
+
+
+def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
+    """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`; return the callable to run.
+
+    `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called for the
+    forward graph, and for the backward graph during the first `backward()`.
+    """
+    trains = needs_grad(gm, inputs)
+    with nullcontext() if trains else compat.keep_whole(KEPT_WHOLE):
+        return compat.aot_autograd(
+            gm,
+            inputs,
+            forward=_with_static_inputs_marked(compile_graph),
+            backward=compile_graph,
+            inference=_with_static_inputs_marked(compile_graph),
+        )
+
+
+def needs_grad(gm: GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether running `gm` may record a gradient: one is wanted of some input, and recorded anywhere in the graph."""
+    tensors = (*(x for x in inputs if isinstance(x, torch.Tensor)), *gm.parameters())
+    records = torch.is_grad_enabled() or any(map(_enables_grad, gm.modules()))
+    return records and any(t.requires_grad for t in tensors)
+
+
+def _enables_grad(module: torch.nn.Module) -> bool:
+    return isinstance(module, GraphModule) and any(
+        n.target is torch._C._set_grad_enabled and n.args[0] for n in module.graph.nodes
+    )
+
+
+def _with_static_inputs_marked(compile_graph: CompileGraph) -> CompileGraph:
+    def compile_marked(gm: GraphModule, inputs: Sequence[Any]) -> GraphFunction:
+        static = compat.static_inputs()
+        for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            node.meta["static"] = i in static
+        return compile_graph(gm, inputs)
+
+    return compile_marked
+
+
+class _Captured(BaseException):
+    """Carries a graph out of the call that would have run it; no handler of ordinary errors may stop it."""
+
+    def __init__(self, gm: GraphModule, inputs: tuple[Any, ...]) -> None:
+        self.gm, self.inputs = gm, inputs
+
+
+def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> GraphModule:
+    """Return the ATen graph that the passes would get for `fn(*inputs)` without gradients. Nothing is executed.
+
+    `gm.meta["inputs"]` holds the real flat inputs: `gm(*gm.meta["inputs"])` gives the flat outputs as a tuple.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: `fn` is not one graph.
+        CaptureError: `fn` computes nothing.
+    """
+
+    def compile_graph(gm: GraphModule, fake_inputs: Sequence[Any]) -> GraphFunction:
+        def run(*flat: Any) -> NoReturn:
+            raise _Captured(gm, flat)
+
+        return run
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return capture_graph(gm, example_inputs, compile_graph)
+
+    def call(*args: Any) -> Any:
+        return fn(*args)
+
+    # Dynamo limits the graphs of one code object: a copy keeps captures from filling each other's limit.
+    call.__code__ = call.__code__.replace()
+    try:
+        with torch.no_grad():
+            torch.compile(call, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    except _Captured as captured:
+        captured.gm.meta["inputs"] = captured.inputs
+        return captured.gm
+    raise CaptureError(
+        "expected a function that computes on tensors, found one that leaves no graph to compile"
+    )

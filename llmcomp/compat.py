@@ -1,0 +1,106 @@
+"""The one place for private torch APIs and for what differs between torch 2.11 and 2.15.
+
+Each function below is a contract with torch, and tests/test_compat.py checks each of them. Names are looked up
+when they are used, so importing this module is cheap and a name that moved fails with a readable error.
+"""
+
+import importlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from llmcomp.errors import LlmcompError
+
+SUPPORTED = "2.11 to 2.15"
+
+# `keep_whole` edits the kernel tables of torch operators, which all threads of the process share.
+_keeping = threading.RLock()
+
+
+class CompatError(LlmcompError):
+    """This version of torch lacks something that llmcomp relies on."""
+
+
+def private(module: str, name: str, purpose: str) -> Any:
+    """Return `module.name` from the insides of torch.
+
+    Raises:
+        CompatError: this torch has no such name.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise CompatError(
+            f"expected {module}.{name} ({purpose}), found none in torch {torch.__version__}: "
+            f"install torch {SUPPORTED}, or report this to llmcomp"
+        ) from error
+
+
+@contextmanager
+def keep_whole(ops: Sequence[torch._ops.OpOverload]) -> Iterator[None]:
+    """Trace composite `ops` as single nodes instead of their decompositions.
+
+    Right for inference graphs only: a kept operator has no derivative, and its gradient is silently lost.
+    """
+    override = private(
+        "torch.export.exported_program", "_override_composite_implicit_decomp", "keeps operators whole"
+    )
+    preserve = private(
+        "torch.export.exported_program", "_special_op_to_preserve_cia", "keeps operators whole"
+    )
+    with _keeping, override({op: preserve for op in ops}):
+        yield
+
+
+GraphCompiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def aot_autograd(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    forward: GraphCompiler,
+    backward: GraphCompiler,
+    inference: GraphCompiler,
+) -> Callable[..., Any]:
+    """Make functional ATen graphs of a Dynamo graph and have each compiled; return the callable to run.
+
+    Without gradients `inference` gets the one graph. With them `forward` gets its graph now and `backward` its
+    own later, inside the user's first `backward()`. Mutations of inputs end an inference graph as `copy_` nodes.
+    """
+    aot = private("torch._functorch.aot_autograd", "aot_module_simplified", "captures ATen graphs")
+    compiled: Callable[..., Any] = aot(
+        gm,
+        inputs,
+        fw_compiler=forward,
+        bw_compiler=_undynamoed(backward),
+        inference_compiler=inference,
+        keep_inference_input_mutations=True,
+    )
+    return compiled
+
+
+def _undynamoed(compile_graph: GraphCompiler) -> GraphCompiler:
+    """Keep Dynamo out of a backward pass: it compiles and runs wherever the user calls `backward()`."""
+
+    def compile_undynamoed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        program: Callable[..., Any] = torch.compiler.disable(
+            torch.compiler.disable(compile_graph)(gm, inputs)
+        )
+        return program
+
+    return compile_undynamoed
+
+
+def static_inputs() -> frozenset[int]:
+    """Positions of the graph inputs that keep their address: parameters and buffers.
+
+    To be asked while AOTAutograd calls a forward or inference compiler; empty anywhere else.
+    """
+    context = private("torch._guards", "TracingContext", "knows which inputs are parameters").try_get()
+    metadata = None if context is None else context.fw_metadata
+    return frozenset() if metadata is None else frozenset(metadata.static_input_indices)
