@@ -1,10 +1,10 @@
 """Dynamo graph -> flat ATen graphs, by AOTAutograd.
 
-    Dynamo graph of an inference call  ->  one graph; linear and attention are single nodes, mutations are copy_
-    Dynamo graph that needs gradients  ->  a forward graph and a backward graph, in AOTAutograd's plain ATen
+    inference       ->  one graph; linear and attention are single nodes, mutations of inputs are copy_ nodes
+    with gradients  ->  a forward graph and a backward graph, in AOTAutograd's plain ATen
 
-A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in `meta["val"]`, and the
-placeholders of parameters and buffers have `meta["static"]` set: their memory stays where it is between calls.
+A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in `meta["val"]`,
+and placeholders have `meta["static"]`: true for parameters and buffers, whose memory stays where it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ CompileGraph = Callable[[GraphModule, Sequence[Any]], GraphFunction]
 
 
 def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
-    """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`; return the callable to run.
+    """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`, return what is to be called.
 
-    `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called for the
-    forward graph, and for the backward graph during the first `backward()`.
+    `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called for
+    the forward graph, and for the backward graph during the first `backward()`.
     """
     trains = needs_grad(gm, inputs)
     with nullcontext() if trains else compat.keep_whole(KEPT_WHOLE):
@@ -42,7 +42,7 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
 
 
 def needs_grad(gm: GraphModule, inputs: Sequence[Any]) -> bool:
-    """Whether running `gm` may record a gradient: one is wanted of some input, and recorded anywhere in the graph."""
+    """Whether running `gm` may record a gradient: some input wants one and gradient mode is on somewhere."""
     tensors = (*(x for x in inputs if isinstance(x, torch.Tensor)), *gm.parameters())
     records = torch.is_grad_enabled() or any(map(_enables_grad, gm.modules()))
     return records and any(t.requires_grad for t in tensors)
@@ -72,9 +72,9 @@ class _Captured(BaseException):
 
 
 def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> GraphModule:
-    """Return the ATen graph that the passes would get for `fn(*inputs)` without gradients. Nothing is executed.
+    """Return the ATen graph that the passes get for `fn(*inputs)` without gradients; nothing is executed.
 
-    `gm.meta["inputs"]` holds the real flat inputs: `gm(*gm.meta["inputs"])` gives the flat outputs as a tuple.
+    `gm.meta["inputs"]` holds the real flat inputs: `gm(*gm.meta["inputs"])` gives the tuple of flat outputs.
 
     Raises:
         torch._dynamo.exc.Unsupported: `fn` is not one graph.

@@ -1,7 +1,7 @@
 """The one place for private torch APIs and for what differs between torch 2.11 and 2.15.
 
-Each function below is a contract with torch, and tests/test_compat.py checks each of them. Names are looked up
-when they are used, so importing this module is cheap and a name that moved fails with a readable error.
+Each function below is a contract with torch, and tests/test_compat.py checks each of them. Names are looked
+up when they are used, so importing this module is cheap and a name that moved gives a readable error.
 """
 
 import importlib
@@ -69,8 +69,8 @@ def aot_autograd(
 ) -> Callable[..., Any]:
     """Make functional ATen graphs of a Dynamo graph and have each compiled; return the callable to run.
 
-    Without gradients `inference` gets the one graph. With them `forward` gets its graph now and `backward` its
-    own later, inside the user's first `backward()`. Mutations of inputs end an inference graph as `copy_` nodes.
+    Without gradients `inference` gets the one graph. With them `forward` gets its graph now and `backward` gets
+    its own during the user's first `backward()`. An inference graph mutates its inputs with `copy_` nodes.
     """
     aot = private("torch._functorch.aot_autograd", "aot_module_simplified", "captures ATen graphs")
     compiled: Callable[..., Any] = aot(
