@@ -3,8 +3,8 @@
     inference       ->  one graph; linear and attention are single nodes, mutations of inputs are copy_ nodes
     with gradients  ->  a forward graph and a backward graph, in AOTAutograd's plain ATen
 
-A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in `meta["val"]`,
-and placeholders have `meta["static"]`: true for parameters and buffers, whose memory stays where it is.
+A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in
+`meta["val"]`; placeholders have `meta["static"]`, true for parameters and buffers, which stay where they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ CompileGraph = Callable[[GraphModule, Sequence[Any]], GraphFunction]
 
 
 def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: CompileGraph) -> Callable[..., Any]:
-    """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`, return what is to be called.
+    """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`, return what is called.
 
-    `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called for
-    the forward graph, and for the backward graph during the first `backward()`.
+    `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called
+    for the forward graph, and for the backward graph during the first `backward()`.
     """
     trains = needs_grad(gm, inputs)
     with nullcontext() if trains else compat.keep_whole(KEPT_WHOLE):

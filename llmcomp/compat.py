@@ -69,8 +69,8 @@ def aot_autograd(
 ) -> Callable[..., Any]:
     """Make functional ATen graphs of a Dynamo graph and have each compiled; return the callable to run.
 
-    Without gradients `inference` gets the one graph. With them `forward` gets its graph now and `backward` gets
-    its own during the user's first `backward()`. An inference graph mutates its inputs with `copy_` nodes.
+    Without gradients `inference` gets the one graph. With them `forward` gets its graph now and `backward`
+    its own during the user's first `backward()`. An inference graph mutates inputs with `copy_` nodes.
     """
     aot = private("torch._functorch.aot_autograd", "aot_module_simplified", "captures ATen graphs")
     compiled: Callable[..., Any] = aot(
