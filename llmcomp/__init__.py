@@ -1,3 +1,49 @@
-"""llmcomp: a torch.compile backend that lowers language models to generated Triton and C++ kernels."""
+"""llmcomp: a torch.compile backend that lowers language models to generated Triton and C++ kernels.
+
+torch.compile(model, backend="llmcomp")     needs no import of this package
+llmcomp.explain(model, *inputs)             tells what that does
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from llmcomp.errors import (
+    BuildError,
+    CacheError,
+    CaptureError,
+    LlmcompError,
+    OptionError,
+    PassError,
+    VerifyError,
+)
+
+if TYPE_CHECKING:
+    from llmcomp.explanation import Explanation, explain
+    from llmcomp.options import Options
 
 __version__ = "0.1.0"
+__all__ = [
+    "BuildError",
+    "CacheError",
+    "CaptureError",
+    "Explanation",
+    "LlmcompError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "VerifyError",
+    "explain",
+]
+
+# Imported when asked for: they bring in torch.
+_LATER = {
+    "Explanation": "llmcomp.explanation",
+    "explain": "llmcomp.explanation",
+    "Options": "llmcomp.options",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'llmcomp' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)

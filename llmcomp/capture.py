@@ -5,6 +5,7 @@
 
 A captured graph is flat: tensors and integers in, a tuple out. Every node has its fake value in
 `meta["val"]`; placeholders have `meta["static"]`, true for parameters and buffers, which stay where they are.
+`gm.meta["kind"]` is inference, forward or backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,9 +36,9 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
         return compat.aot_autograd(
             gm,
             inputs,
-            forward=_with_static_inputs_marked(compile_graph),
-            backward=compile_graph,
-            inference=_with_static_inputs_marked(compile_graph),
+            forward=_marking("forward", compile_graph),
+            backward=_marking("backward", compile_graph),
+            inference=_marking("inference", compile_graph),
         )
 
 
@@ -54,11 +55,15 @@ def _enables_grad(module: torch.nn.Module) -> bool:
     )
 
 
-def _with_static_inputs_marked(compile_graph: CompileGraph) -> CompileGraph:
+def _marking(kind: str, compile_graph: CompileGraph) -> CompileGraph:
+    """Note on a graph what it is and which inputs are static, then compile it."""
+
     def compile_marked(gm: GraphModule, inputs: Sequence[Any]) -> GraphFunction:
-        static = compat.static_inputs()
+        # Torch knows the static inputs of the forward graph only.
+        static = frozenset() if kind == "backward" else compat.static_inputs()
         for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             node.meta["static"] = i in static
+        gm.meta["kind"] = kind
         return compile_graph(gm, inputs)
 
     return compile_marked

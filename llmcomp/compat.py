@@ -104,3 +104,44 @@ def static_inputs() -> frozenset[int]:
     context = private("torch._guards", "TracingContext", "knows which inputs are parameters").try_get()
     metadata = None if context is None else context.fw_metadata
     return frozenset() if metadata is None else frozenset(metadata.static_input_indices)
+
+
+def raise_default_recompile_limit(limit: int) -> None:
+    """Raise Dynamo's default number of graphs for one function to `limit`; never lower it.
+
+    The default is changed and not the setting: a value that the user sets wins, and torch's settings belong
+    to a thread, while models are compiled in any thread.
+    """
+    import torch._dynamo.config as config
+
+    entry = private("torch._dynamo.config", "_config", "holds Dynamo's default settings")["recompile_limit"]
+    if entry.default < limit <= config.accumulated_recompile_limit:
+        entry.default = limit
+
+
+def add_bisect_subsystems(backend: str, subsystems: Sequence[str]) -> None:
+    """Have CompilerBisector try `backend` before Inductor, and look for faults in its `subsystems`."""
+    module = "torch._inductor.compiler_bisector"
+    backends = private(module, "BACKENDS", "lists what the bisector tries")
+    subsystem = private(module, "BisectSubsystem", "names a part that the bisector can switch off")
+    inductor = backends.pop("inductor")
+    backends[backend] = [subsystem(name) for name in subsystems]
+    backends["inductor"] = inductor
+
+
+def bisect_disables(backend: str, subsystem: str, detail: Callable[[], str]) -> bool:
+    """Whether a running bisection wants this application of `subsystem` left out; counts it."""
+    bisector = private("torch._inductor.compiler_bisector", "CompilerBisector", "looks for faulty passes")
+    return bool(bisector.disable_subsystem(backend, subsystem, detail))
+
+
+def optimized_module() -> Any:
+    """The class of what `torch.compile(module)` returns."""
+    return private("torch._dynamo.eval_frame", "OptimizedModule", "is what torch.compile returns")
+
+
+def backend_of(compiled: Any) -> object:
+    """The backend function that `torch.compile(module, backend=...)` was given or looked up."""
+    innermost = private("torch._dynamo.eval_frame", "innermost_backend", "knows the backend of a module")
+    wrapper = innermost(compiled.dynamo_ctx.callback)
+    return getattr(wrapper, "compiler_fn", wrapper)

@@ -19,7 +19,7 @@ from llmcomp.errors import OptionError
 TARGETS = ("auto", "triton", "cpp", "reference")
 # torch's own names. "default" and "max-autotune-no-cudagraphs" launch kernels one by one; "reduce-overhead"
 # (which transformers passes unasked) and "max-autotune" may replay launches as a CUDA graph; both
-# "max-autotune" may search longer for Triton launch configurations. On the CPU all four give the same program.
+# "max-autotune" may search longer for Triton launch configurations. On the CPU all four mean the same.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

@@ -1,0 +1,101 @@
+"""The backend, as a table of contents: Dynamo graph -> capture -> passes -> program.
+
+    torch.compile(model, backend="llmcomp")
+
+Read this file first, then passes/__init__.py and codegen/kernel.py.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from llmcomp import integrate
+from llmcomp.capture import capture_graph
+from llmcomp.options import Options, read_options
+from llmcomp.passes.base import Pass, run_passes
+from llmcomp.reference import ReferenceProgram
+from llmcomp.report import GraphReport, ProgramReport, StageTime
+from llmcomp.target import Target, detect
+
+
+class Program(Protocol):
+    """A compiled graph: flat inputs in, the tuple of flat outputs out."""
+
+    report: ProgramReport
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]: ...
+
+
+class Compiled(torch.nn.Module):
+    """What Dynamo calls in place of its graph: a module, since torch's accuracy minifier checks no other."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = run
+
+
+def llmcomp(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> torch.nn.Module:
+    """Compile one Dynamo graph: the entry point that `backend="llmcomp"` names.
+
+    Raises:
+        OptionError: an unknown option or mode.
+        LlmcompError: its other subclasses say what was expected, what was found and what to do.
+    """
+    return compile_model(gm, example_inputs, read_options(options, mode))
+
+
+def compile_model(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    watch: Callable[[GraphReport], None] = lambda report: None,
+) -> Compiled:
+    """Compile one Dynamo graph; `watch` sees the report of each ATen graph that it becomes."""
+
+    def compile_graph(graph: GraphModule, fake_inputs: Sequence[Any]) -> Program:
+        program, report = compile_aten(graph, options)
+        watch(report)
+        return program
+
+    return Compiled(capture_graph(gm, example_inputs, compile_graph))
+
+
+def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphReport]:
+    """Compile one captured ATen graph, rewriting `gm` in place."""
+    captured = len(gm.graph.nodes)
+    target = detect(options, devices(gm.graph))
+    start = time.perf_counter()
+    passes = run_passes(gm, pipeline(options, target))
+    seconds = time.perf_counter() - start
+    program = compile_program(gm, options, target)
+    stages = (StageTime("passes", seconds), *program.report.stages)
+    return program, GraphReport(gm.meta.get("kind", ""), captured, passes, program.report, stages)
+
+
+def devices(graph: Graph) -> frozenset[torch.device]:
+    """The devices of all tensors of `graph`."""
+    values = (n.meta.get("val") for n in graph.nodes)
+    return frozenset(v.device for v in values if isinstance(v, torch.Tensor))
+
+
+def pipeline(options: Options, target: Target) -> tuple[Pass, ...]:
+    return ()
+
+
+def compile_program(gm: GraphModule, options: Options, target: Target) -> Program:
+    """Make the program of a graph that has been through the passes."""
+    return ReferenceProgram(gm, f"target {target.name} calls eager operators")
+
+
+# Torch loads this module when a user first names the backend: the moment to make generate() of compiled
+# modules run compiled and to raise Dynamo's limit, since both matter before the first graph arrives.
+integrate.install(llmcomp, ())
