@@ -1,0 +1,110 @@
+"""Lowering of attention: strided q, k and v, and everything that happens to a score as its body."""
+
+from collections.abc import Set
+
+import sympy
+import torch
+from torch.fx import Node
+
+from llmcomp.codegen import kernel as K
+from llmcomp.codegen.index import Space, ZERO, axis_symbol, hint, size
+from llmcomp.codegen.lower import Lowered, finish, kernel_name, members
+from llmcomp.codegen.pull import Puller, broadcast, fake
+from llmcomp.codegen.rules import rules
+from llmcomp.codegen.rules_reduce import argument
+from llmcomp.codegen.rules_view import _extent
+from llmcomp.region import Region, Unfit
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
+    """One Attend for the attention node of a region."""
+    node = next(n for n in region.nodes if n.target is torch.ops.llmcomp.attention.default)
+    if region.outputs != (node,):
+        raise Unfit("attention with an epilogue")
+    q, k, v = (n for n in node.args[:3] if isinstance(n, Node))
+    if fake(q).dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Unfit(f"attention in {fake(q).dtype}")
+    b, h, i, j = (axis_symbol(s) for s in ("b", "h", "i", "j"))
+    batch, heads, queries = (K.Axis(s, size(n)) for s, n in zip((b, h, i), fake(q).shape[:3], strict=True))
+    keys = K.Axis(j, size(fake(k).shape[2]))
+    group = hint(fake(q).shape[1]) // hint(fake(k).shape[1])
+    space = Space({a.symbol: a.size for a in (batch, heads, queries, keys)})
+    p = Puller(space, members(region, inlined).__contains__, rules())
+    operands = [_strided(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v"))]
+    value, start, end = _score(p, node, (b, h, i, j), queries, keys)
+    sinks = argument(node, "sinks")
+    sink_buffer = p.buffer(sinks, "sinks").name if isinstance(sinks, Node) else None
+    if isinstance(sinks, Node) and sinks in members(region, inlined):
+        raise Unfit("sinks are computed")
+    out = p.buffer(node, "out")
+    p.buffers[node] = K.Buffer(out.name, out.dtype, written=True)
+    destination = K.Strided(out.name, tuple(size(s) for s in fake(node).stride()))  # type: ignore[arg-type]
+    return finish(
+        p,
+        lambda buffers, symbols: K.Attend(
+            kernel_name(region), buffers, symbols, batch, heads, queries, keys, group,
+            hint(fake(q).shape[3]), hint(fake(v).shape[3]), *operands, destination,
+            float(argument(node, "scale")),  # type: ignore[arg-type]
+            tuple(p.statements), value, start, end, sink_buffer,
+        ),
+    )  # fmt: skip
+
+
+def _strided(p: Puller, node: Node, stem: str) -> K.Strided:
+    """An operand in memory, seen through whatever views lie before it."""
+    symbols = [axis_symbol(f"{stem}_{n}") for n in range(4)]
+    extents = {s: size(n) for s, n in zip(symbols, fake(node).shape, strict=True)}
+    probe = Puller(Space(extents), p.inside, rules())
+    probe.buffers, probe._names = p.buffers, p._names
+    index = tuple(ZERO if n == 1 else s for s, n in zip(symbols, fake(node).shape, strict=True))
+    probe.at(node, index, stem)
+    if len(probe.statements) != 1 or not isinstance(load := probe.statements[0], K.Load):
+        raise Unfit(f"{node.name} is computed by attention")
+    strides = tuple(load.index.coeff(s) for s in symbols)
+    offset = sympy.expand(load.index - sympy.Add(*(c * s for c, s in zip(strides, symbols, strict=True))))
+    if offset.has(*symbols):
+        raise Unfit(f"{node.name} is not strided")
+    return K.Strided(load.buffer, strides, offset)  # type: ignore[arg-type]
+
+
+def _score(
+    p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis, keys: K.Axis
+) -> tuple[str, sympy.Expr, sympy.Expr]:
+    """(final score, first key, end of keys): soft cap, mask, causal and window limits."""
+    i, j = at[2], at[3]
+    p.dtype = torch.float32
+    p.dtypes["score"] = torch.float32
+    p.name("score")
+    score: K.Argument = "score"
+    if cap := float(argument(node, "softcap")):  # type: ignore[arg-type]
+        score = p.op("mul", p.op("tanh", p.op("div", score, cap)), cap)
+    mask = argument(node, "mask")
+    if isinstance(mask, Node):
+        index = broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
+        seen = p.at(mask, index, "mask")
+        if fake(mask).dtype == torch.bool:
+            score = p.op("where", seen, score, NEGATIVE_INFINITY)
+        else:
+            score = p.op("add", score, p.convert(seen, torch.float32))
+    causal, window = bool(argument(node, "causal")), int(argument(node, "window"))  # type: ignore[call-overload]
+    position = sympy.expand(i + _extent(argument(node, "offset")))
+    start, end = ZERO, keys.size
+    limits = []
+    if causal:
+        end = sympy.Min(keys.size, position + 1)
+        limits.append(("le", j - position, 0))
+    if window:
+        start = sympy.Max(ZERO, position - window + 1)
+        limits.append(("gt", j - position, -window))
+        if not causal:
+            end = sympy.Min(keys.size, position + window)
+            limits.append(("lt", j - position, window))
+    if queries.size != 1:
+        for op, distance, bound in limits:
+            visible = p.test(op, p.named(p.integer(sympy.expand(distance)), torch.int64), bound)
+            score = p.op("where", visible, score, NEGATIVE_INFINITY)
+    if queries.size == 1:
+        start, end = start.subs(i, 0), end.subs(i, 0)
+    return p.named(score, torch.float32), start, end

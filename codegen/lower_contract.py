@@ -1,0 +1,288 @@
+"""Lowering of linear layers that share an operand: prologue, accumulators, epilogues, one kernel.
+
+Each stored result is traced back to the linear layer at a symbolic index; that tells which of its dimensions are
+rows of the operand and which are columns of the weight. Pulling the result then asks for accumulators: one for a
+plain layer, two for gate and up or for the two halves of a rotary embedding.
+"""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.fx import Node
+
+from llmcomp.codegen import kernel as K
+from llmcomp.codegen.index import Index, Space, ZERO, axis_symbol, size, sizes
+from llmcomp.codegen.lower import Lowered, channel_points, destination, finish_all, kernel_name, members, rotation, write
+from llmcomp.codegen.pull import Inner, Puller, compute_dtype, fake
+from llmcomp.codegen.rules import rules
+from llmcomp.region import Region, Unfit
+
+
+def linears(region: Region) -> list[Node]:
+    """The linear layers of a region."""
+    ops = torch.ops.llmcomp
+    return [n for n in region.nodes if n.target in (ops.linear.default, ops.grouped_linear.default)]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How an output reads the linear layers: their indices at the output's own index symbols."""
+
+    output: Node
+    index: Index
+    extents: dict[sympy.Symbol, sympy.Expr]
+    reads: tuple[tuple[Node, Index], ...]
+
+
+def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
+    """One Contract for all linear layers of a region."""
+    layers = linears(region)
+    operand, grouped = layers[0].args[0], layers[0].target is torch.ops.llmcomp.grouped_linear.default
+    assert isinstance(operand, Node)
+    if any(n.args[0] is not operand for n in layers) or (grouped and len({n.args[2] for n in layers}) > 1):
+        raise Unfit("linear layers of different operands")
+    inside = members(region, inlined)
+    lead, depth = sizes(fake(operand).shape[:-1]), size(fake(operand).shape[-1])
+    rows = K.Axis(axis_symbol("m"), sympy.expand(sympy.Mul(*lead)))
+    k = K.Axis(axis_symbol("k"), depth)
+
+    prologue = Puller(Space({rows.symbol: rows.size, k.symbol: depth}), inside.__contains__, rules(), inner=Inner(k.symbol, (k.symbol,), depth))
+    row_index = prologue.space.unflatten(rows.symbol, lead)
+    value = prologue.named(prologue.at(operand, (*row_index, k.symbol)), compute_dtype(fake(operand).dtype))
+    buffers = prologue.buffers
+    pullers, sections = [prologue], []
+    for outputs in _by_section(region, layers, inside):
+        traces = [_trace(o, layers, inside) for o in outputs]
+        p, section = _section(traces, region, layers, inside, lead, rows, prologue, k)
+        pullers.append(p)
+        sections.append(section)
+    ends = None
+    count: sympy.Expr = sympy.Integer(1)
+    if grouped:
+        ends_node = layers[0].args[2]
+        assert isinstance(ends_node, Node)
+        ends, count = prologue.buffer(ends_node, "ends").name, size(fake(ends_node).shape[0])
+    return finish_all(
+        pullers,
+        buffers,
+        lambda given, symbols: K.Contract(
+            kernel_name(region), given, symbols, rows, k, tuple(prologue.statements), value,
+            fake(operand).dtype, tuple(sections), ends, count,
+        ),
+    )  # fmt: skip
+
+
+def _by_section(region: Region, layers: Sequence[Node], inside: Set[Node]) -> list[list[Node]]:
+    """Outputs grouped so that each linear layer is computed in one section."""
+    groups: list[tuple[set[Node], list[Node]]] = []
+    for output in region.outputs:
+        used = {n for n, _ in _trace(output, layers, inside).reads}
+        if not used:
+            raise Unfit(f"{output.name} does not depend on the linear layer")
+        outputs = [output]
+        for other in [g for g in groups if g[0] & used]:
+            used |= other[0]
+            outputs = other[1] + outputs
+            groups.remove(other)
+        groups.append((used, outputs))
+    return [outputs for _, outputs in groups]
+
+
+def _trace(output: Node, layers: Sequence[Node], inside: Set[Node]) -> Trace:
+    """Where an output reads the linear layers, with rotary embeddings and norms seen as the identity."""
+    _, value = destination(output)
+    extents: dict[sympy.Symbol, sympy.Expr] = {}
+    index: list[sympy.Expr] = []
+    for d, n in enumerate(fake(value).shape):
+        symbol = axis_symbol(f"i{d}")
+        if isinstance(n, int) and n == 1:
+            index.append(ZERO)
+        else:
+            index.append(symbol)
+            extents[symbol] = size(n)
+    reads: list[tuple[Node, Index]] = []
+
+    def read(p: Puller, node: Node, at: Index) -> K.Argument:
+        if (node, at) not in reads:
+            reads.append((node, at))
+        return 0.0
+
+    ops = torch.ops.llmcomp
+    special = {n: read for n in layers}
+    for node in inside:
+        if node.target in (ops.rope.default, ops.rms_norm.default, ops.layer_norm.default):
+            special[node] = _through
+    Puller(Space(extents), inside.__contains__, rules(), special).at(value, tuple(index))  # type: ignore[arg-type]
+    return Trace(output, tuple(index), extents, tuple(reads))
+
+
+def _through(p: Puller, node: Node, index: Index) -> K.Argument:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return p.at(source, index)
+
+
+def _digits(expr: sympy.Expr, extents: dict[sympy.Symbol, sympy.Expr], why: str) -> list[tuple[sympy.Symbol, sympy.Expr]]:
+    """The symbols of a mixed-radix number with their weights, most significant first."""
+    free = [s for s in extents if expr.has(s)]
+    weights = [(s, expr.coeff(s)) for s in free]
+    if sympy.expand(expr - sympy.Add(*(s * w for s, w in weights))).has(*free) if free else False:
+        raise Unfit(f"{why} are not a product of dimensions")
+    if any(w == 0 or w.has(*free) for _, w in weights):
+        raise Unfit(f"{why} are not a product of dimensions")
+    ordered: list[tuple[sympy.Symbol, sympy.Expr]] = []
+    step: sympy.Expr = sympy.Integer(1)
+    rest = list(weights)
+    while rest:
+        found = next((pair for pair in rest if sympy.expand(pair[1] - step) == 0), None)
+        if found is None:
+            raise Unfit(f"{why} are not a product of dimensions")
+        rest.remove(found)
+        ordered.insert(0, found)
+        step = sympy.expand(step * extents[found[0]])
+    return ordered
+
+
+def _section(
+    traces: Sequence[Trace],
+    region: Region,
+    layers: Sequence[Node],
+    inside: Set[Node],
+    lead: Index,
+    rows: K.Axis,
+    prologue: Puller,
+    k: K.Axis,
+) -> tuple[Puller, K.Section]:
+    """The section that computes the outputs of `traces`, which read the same linear layers."""
+    layout: list[tuple[sympy.Symbol, sympy.Expr]] | None = None
+    accumulators: dict[tuple[Node, sympy.Expr], K.Accumulator] = {}
+    p: Puller | None = None
+    turn = rotation(region)
+    axes: tuple[K.Axis, ...] = ()
+    for trace in traces:
+        space = Space(trace.extents)
+        row_position = {space.flatten(at[:-1], lead) for _, at in trace.reads}
+        if len(row_position) != 1:
+            raise Unfit(f"{trace.output.name} mixes rows")
+        position = sympy.expand(row_position.pop())
+        row_digits = _digits(position, trace.extents, "rows")
+        covered = sympy.expand(sympy.Mul(*(trace.extents[s] for s, _ in row_digits)))
+        if covered != rows.size:
+            raise Unfit(f"{trace.output.name} uses some of the rows")
+        column = sympy.expand(trace.reads[0][1][-1])
+        constant = column.as_independent(*trace.extents)[0] if trace.extents else column
+        columns = _digits(sympy.expand(column - constant), trace.extents, "columns")
+        named = {s for s, _ in row_digits} | {s for s, _ in columns}
+        if len(named) != len(row_digits) + len(columns) or named != set(trace.extents):
+            raise Unfit(f"{trace.output.name} repeats the result")
+        shape = [(trace.extents[s], w) for s, w in columns]
+        if layout is None:
+            layout = shape
+            names = ["n"] if len(shape) == 1 else [f"h{i}" for i in range(len(shape) - 1)] + ["n"]
+            axes = tuple(K.Axis(axis_symbol(name), extent) for name, (extent, _) in zip(names, shape, strict=True))
+            inner: Inner | None = None
+            points: tuple[sympy.Expr, ...] = (axes[-1].symbol,) if axes else ()
+            rotated = turn is not None and axes and axes[-1].size == turn[0] and _rotated(trace, region)
+            if rotated:
+                assert turn is not None
+                points = channel_points(axes[-1].symbol, *turn)
+            if axes:
+                inner = Inner(axes[-1].symbol, points, axes[-1].size)
+            if rotated:
+                axes = (*axes[:-1], K.Axis(axes[-1].symbol, axes[-1].size / 2))
+            extents = {rows.symbol: rows.size, k.symbol: k.size, **{a.symbol: a.size for a in axes}}
+            p = _accumulating(Space(extents), inside, layers, lead, rows, k, accumulators, prologue, inner)
+        elif shape != layout:
+            raise Unfit(f"{trace.output.name} has another layout of columns")
+        assert p is not None
+        for point in points or (ZERO,):
+            chosen: dict[sympy.Symbol, sympy.Expr] = {}
+            for (symbol, weight) in row_digits:
+                high = p.space.split(rows.symbol, weight)[0]
+                top = symbol == row_digits[0][0]
+                chosen[symbol] = high if top else p.space.split(high, trace.extents[symbol])[1]
+            for (symbol, _), axis in zip(columns, axes, strict=True):
+                chosen[symbol] = point if axis is axes[-1] else axis.symbol
+            write(p, trace.output, tuple(i.xreplace(chosen) for i in trace.index))
+    assert p is not None
+    return p, K.Section(axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),), tuple(accumulators.values()), tuple(p.statements))
+
+
+def _rotated(trace: Trace, region: Region) -> bool:
+    """Whether a rotary embedding lies between the linear layer and an output."""
+    _, value = destination(trace.output)
+    seen, stack = set(), [value]
+    members_ = set(region.nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in members_:
+            continue
+        seen.add(node)
+        if node.target is torch.ops.llmcomp.rope.default:
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _accumulating(
+    space: Space,
+    inside: Set[Node],
+    layers: Sequence[Node],
+    lead: Index,
+    rows: K.Axis,
+    k: K.Axis,
+    accumulators: dict[tuple[Node, sympy.Expr], K.Accumulator],
+    prologue: Puller,
+    inner: Inner | None,
+) -> Puller:
+    """A puller for an epilogue: linear layers become accumulators."""
+
+    def accumulate(p: Puller, node: Node, at: Index) -> K.Argument:
+        if sympy.expand(p.space.flatten(at[:-1], lead) - rows.symbol) != 0:
+            raise Unfit(f"{node.name} is read at another row")
+        key = (node, sympy.expand(at[-1]))
+        if key not in accumulators:
+            name = p.name("acc")
+            p.dtypes[name] = torch.float32
+            accumulators[key] = K.Accumulator(name, _weight(node, prologue, k), key[1])
+        name = accumulators[key].name
+        bias = node.args[2] if node.target is torch.ops.llmcomp.linear.default else None
+        result = compute_dtype(fake(node).dtype)
+        if result != torch.float32:
+            raise Unfit(f"{node.name} computes in {result}")
+        if not isinstance(bias, Node):
+            return name
+        saved, p.dtype = p.dtype, torch.float32
+        try:
+            return p.op("add", name, p.convert(p.at(bias, at[-1:], "bias"), torch.float32))
+        finally:
+            p.dtype = saved
+
+    p = Puller(space, inside.__contains__, rules(), {n: accumulate for n in layers}, inner)
+    p.buffers, p._names = prologue.buffers, prologue._names
+    return p
+
+
+def _weight(layer: Node, prologue: Puller, k: K.Axis) -> K.Weight:
+    """The matrix of a linear layer, through whatever views lie between it and memory."""
+    weight = layer.args[1]
+    assert isinstance(weight, Node)
+    kn = bool(layer.args[3])
+    e, n = axis_symbol("weight_e"), axis_symbol("weight_n")
+    shape = sizes(fake(weight).shape)
+    row_dim = -1 if kn else -2
+    probe = Puller(Space({e: shape[0], n: shape[row_dim], k.symbol: k.size}), prologue.inside, rules())
+    probe.buffers, probe._names = prologue.buffers, prologue._names
+    matrix = (k.symbol, n) if kn else (n, k.symbol)
+    probe.at(weight, matrix if len(shape) == 2 else (e, *matrix), "weight")
+    if len(probe.statements) != 1 or not isinstance(load := probe.statements[0], K.Load):
+        raise Unfit(f"the weight of {layer.name} is computed")
+    if load.dtype != torch.float32:
+        raise Unfit(f"the weight of {layer.name} is {load.dtype}")
+    step, across, experts = (load.index.coeff(s) for s in (n, k.symbol, e))
+    offset = sympy.expand(load.index - step * n - across * k.symbol - experts * e)
+    if offset.has(n, k.symbol, e):
+        raise Unfit(f"the weight of {layer.name} is not strided")
+    return K.Weight(load.buffer, step, across, offset, experts)

@@ -1,0 +1,413 @@
+"""The host code of a program: one Python function, printed, that binds sizes, allocates, launches and returns.
+
+    def call(ids, past, weight):                                    # the inputs of the graph
+        s0 = past.size(2)                                           # symbolic sizes
+        arena = empty((4096 + s0 * 64,), dtype=uint8)               # intermediates of kernels
+        linear = empty_strided((1, 1, 32), (32, 32, 1), ...)        # what is returned or read by eager calls
+        launch_0(array("Q", (ids.data_ptr(), ...)), ...)            # a run of kernels: one foreign call
+        topk = extern[0](linear, 5)                                 # an Extern call
+        return (linear, topk)
+"""
+
+import array
+import ctypes
+import linecache
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._sympy.printers import PythonPrinter
+
+from llmcomp.arena import Arena, Lifetime, plan_arena
+from llmcomp.codegen.build import Built
+from llmcomp.codegen.index import size, sizes
+from llmcomp.codegen.lower import destination
+from llmcomp.options import Options
+from llmcomp.region import Partition
+from llmcomp.target import Target
+
+if TYPE_CHECKING:
+    from llmcomp.program import Step
+
+PROCESS = os.getpid()
+_files = count()
+
+
+def thread_count(asked: int | None) -> int:
+    """Threads of a CPU kernel: 1 in a forked child, where OpenMP's pool of the parent is gone."""
+    if os.getpid() != PROCESS:
+        return 1
+    return asked or torch.get_num_threads()
+
+
+def check_status(status: int) -> None:
+    """Raise what eager raises for what a kernel found.
+
+    Raises:
+        IndexError: an index of an embedding or a gather was out of range.
+    """
+    if status:
+        raise IndexError("index out of range in self")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where results lie: `arena` holds those that only kernels see, `tensors` those that need a torch.Tensor."""
+
+    arena: Arena
+    tensors: frozenset[Node]
+
+
+def host_program(
+    gm: GraphModule,
+    partition: Partition,
+    steps: "Sequence[Step]",
+    kernels: Sequence[int],
+    built: Sequence[Built],
+    options: Options,
+    target: Target,
+) -> tuple[Callable[..., tuple[Any, ...]], str]:
+    """Print and compile the host function of a program; returns it with its text."""
+    storage = assign_storage(gm, partition, steps, target)
+    writer = HostWriter(gm, partition, storage)
+    writer.begin(steps, options, target)
+    position = 0
+    while position < len(steps):
+        if steps[position].lowered is None:
+            writer.extern(steps[position], position)
+            position += 1
+            continue
+        end = position
+        while end < len(steps) and steps[end].lowered is not None:
+            end += 1
+        run = list(zip(steps[position:end], kernels[position:end], strict=True))
+        if target.name == "triton":
+            writer.launches(run, built)
+        else:
+            writer.foreign_call(run, built, options)
+        position = end
+        writer.release(position - 1)
+    writer.finish()
+    return writer.compiled()
+
+
+def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]", target: Target) -> Storage:
+    """Decide for every stored result whether it needs a tensor of its own, and place the others in the arena."""
+    stored = {
+        o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o
+    }
+    step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    visible = set(_seen(output, partition))
+    for step in steps:
+        if step.lowered is None:
+            visible.update(_seen(step.region.nodes[0], partition))
+    tensors = stored & visible if target.name == "cpp" else stored
+    lifetimes = []
+    for node in stored - tensors:
+        readers = [step_of[n] for n in _readers(node, partition) if n in step_of]
+        value = node.meta["val"]
+        extent = _storage_elements(value) * value.dtype.itemsize
+        lifetimes.append(Lifetime(node, extent, step_of[node], max([step_of[node], *readers])))
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    lifetimes.sort(key=lambda v: order[v.node])
+    return Storage(plan_arena(lifetimes), frozenset(tensors))
+
+
+def _storage_elements(value: torch.Tensor) -> sympy.Expr:
+    """Elements from the first to the last of a tensor of positive strides."""
+    return sympy.expand(
+        1 + sympy.Add(*((n - 1) * s for n, s in zip(sizes(value.shape), sizes(value.stride()), strict=True)))
+    )
+
+
+def _seen(node: Node, partition: Partition) -> Iterator[Node]:
+    """Nodes whose values `node` reads as tensors, seen through inlined nodes."""
+    stack, done = list(node.all_input_nodes), set()
+    while stack:
+        source = stack.pop()
+        if source in done:
+            continue
+        done.add(source)
+        if source in partition.inlined:
+            stack.extend(source.all_input_nodes)
+        else:
+            yield source
+
+
+def _readers(node: Node, partition: Partition) -> Iterator[Node]:
+    stack, done = list(node.users), set()
+    while stack:
+        user = stack.pop()
+        if user in done:
+            continue
+        done.add(user)
+        yield user
+        if user in partition.inlined:
+            stack.extend(user.users)
+
+
+class HostWriter:
+    """Writes the host function line by line."""
+
+    def __init__(self, gm: GraphModule, partition: Partition, storage: Storage) -> None:
+        self.gm = gm
+        self.partition = partition
+        self.storage = storage
+        self.lines: list[str] = []
+        self.names: dict[Node, str] = {}
+        self.bound: set[sympy.Symbol] = set()
+        self.last_use: dict[Node, int] = {}
+        self.namespace: dict[str, Any] = {
+            "torch": torch,
+            "array": array.array,
+            "empty_strided": torch.empty_strided,
+            "empty": torch.empty,
+            "check_status": check_status,
+            "thread_count": thread_count,
+            "extern": [],
+            "constant": [],
+            "inf": float("inf"),
+            "nan": float("nan"),
+        }
+        self._print = PythonPrinter().doprint
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " + text)
+
+    def expr(self, value: sympy.Expr) -> str:
+        """An integer expression as Python."""
+        unbound = value.free_symbols - self.bound
+        assert not unbound, f"size symbols {unbound} are not known"
+        return str(self._print(value))
+
+    # Inputs ----------------------------------------------------------------------------------------------
+
+    def begin(self, steps: "Sequence[Step]", options: Options, target: Target) -> None:
+        """The signature, the sizes, the arena."""
+        placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        for n in placeholders:
+            self.names[n] = n.name
+        self.lines.append(f"def call({', '.join(self.names[n] for n in placeholders)}):")
+        for node in self.gm.graph.nodes:
+            if node.op == "get_attr":
+                self.names[node] = self._constant(_attribute(self.gm, str(node.target)))
+        self._bind_sizes(placeholders)
+        for position, step in enumerate(steps):
+            for node in step.region.nodes:
+                for source in _seen(node, self.partition):
+                    self.last_use[source] = position
+        if self.storage.arena.offsets:
+            self.line(f"arena = empty(({self.expr(self.storage.arena.size)},), dtype=torch.uint8)")
+        if target.name == "cpp" and any(s.lowered is not None for s in steps):
+            self.line(f"threads = thread_count({options.threads})")
+
+    def _bind_sizes(self, placeholders: Sequence[Node]) -> None:
+        for n in placeholders:
+            value = n.meta.get("val")
+            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+                self._bind(value.node.expr, n.name)
+        for n in placeholders:
+            value = n.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                self._bind_tensor(n, value)
+
+    def _bind_tensor(self, node: Node, value: torch.Tensor) -> None:
+        for method, extents in (("size", value.shape), ("stride", value.stride())):
+            for d, n in enumerate(extents):
+                expr = size(n)
+                if isinstance(expr, sympy.Symbol) and expr not in self.bound:
+                    self._bind(expr, f"{self.names[node]}.{method}({d})")
+
+    def _bind(self, symbol: sympy.Symbol, text: str) -> None:
+        if symbol not in self.bound:
+            self.bound.add(symbol)
+            if str(symbol) != text:
+                self.line(f"{symbol} = {text}")
+
+    # Eager calls -----------------------------------------------------------------------------------------
+
+    def extern(self, step: "Step", position: int) -> None:
+        """An eager call."""
+        node = step.region.nodes[0]
+        text = self._call(node)
+        self.names[node] = node.name
+        self.line(f"{node.name} = {text}")
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            self._bind_tensor(node, value)
+        elif isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            self._bind(value.node.expr, node.name)
+        self.release(position)
+
+    def _call(self, node: Node) -> str:
+        arguments = [self.argument(a) for a in node.args]
+        arguments += [f"{k}={self.argument(v)}" for k, v in node.kwargs.items()]
+        target = eager(node)
+        if target is None:
+            target = node.target
+        name = f"extern[{len(self.namespace['extern'])}]"
+        self.namespace["extern"].append(target)
+        return f"{name}({', '.join(arguments)})"
+
+    def argument(self, value: object) -> str:
+        """An argument of an eager call as Python text."""
+        match value:
+            case Node():
+                return self.tensor(value)
+            case list() | tuple():
+                inner = ", ".join(self.argument(v) for v in value)
+                return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if value else "()"
+            case bool() | int() | float() | str() | None:
+                return repr(value)
+            case slice():
+                return f"slice({self.argument(value.start)}, {self.argument(value.stop)}, {self.argument(value.step)})"
+        return self._constant(value)
+
+    def _constant(self, value: object) -> str:
+        self.namespace["constant"].append(value)
+        return f"constant[{len(self.namespace['constant']) - 1}]"
+
+    def tensor(self, node: Node) -> str:
+        """A node's value as Python text; an inlined node is computed by an eager call."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and node not in self.names and node.op == "call_function":
+            return self.expr(value.node.expr)
+        if node in self.names:
+            return self.names[node]
+        target, _ = destination(node)
+        if target is not node:
+            return self.tensor(target)
+        assert node in self.partition.inlined, f"{node.name} was never computed"
+        return self._call(node)
+
+    # Kernels ---------------------------------------------------------------------------------------------
+
+    def allocate(self, run: "Sequence[tuple[Step, int]]") -> None:
+        """Tensors of results that leave the kernels."""
+        for step, _ in run:
+            for node in step.region.outputs:
+                if node in self.storage.tensors and node not in self.names:
+                    value = node.meta["val"]
+                    shape = self._tuple(value.shape)
+                    strides = self._tuple(value.stride())
+                    dtype, device = self._constant(value.dtype), self._constant(value.device)
+                    self.names[node] = node.name
+                    self.line(f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
+
+    def _tuple(self, values: Sequence[int | torch.SymInt]) -> str:
+        inner = ", ".join(self.expr(size(v)) for v in values)
+        return f"({inner},)" if values else "()"
+
+    def foreign_call(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built], options: Options) -> None:
+        """A run of C++ kernels as one call of a printed C function."""
+        from llmcomp.codegen.build import build
+        from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
+        from llmcomp.program import _cache
+
+        self.allocate(run)
+        table: dict[Node, int] = {}
+        launches = []
+        for step, which in run:
+            assert step.lowered is not None
+            entries = tuple(table.setdefault(n, len(table)) for n in step.lowered.buffers)
+            launches.append(Launch(built[which].source.name, which, entries, step.lowered.sizes))
+        slots = [Slot(i, self.storage.arena.offsets[n]) for n, i in table.items() if n in self.storage.arena.offsets]
+        used = {s for x in launches for e in x.sizes for s in e.free_symbols}
+        used |= {s for x in slots for s in x.offset.free_symbols}
+        symbols = tuple(sorted(used, key=str))
+        source = render_plan("plan", launches, slots, symbols)
+        (plan,) = build([source], _cache(options))
+        function = ctypes.CFUNCTYPE(
+            ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+        )(plan.function())
+        number = len(self.namespace.setdefault("functions", []))
+        addresses = (ctypes.c_void_p * len(built))(*(b.function() for b in built))
+        self.namespace["functions"].append(addresses)
+        self.namespace[f"run_{number}"] = function
+        self.namespace[f"kernels_{number}"] = ctypes.addressof(addresses)
+        pointers = ", ".join(
+            "0" if n in self.storage.arena.offsets else f"{self._pointer(n)}.data_ptr()" for n in table
+        )
+        self.line(f'pointers = array("Q", ({pointers},))')
+        values = ", ".join(str(s) for s in symbols)
+        self.line(f'sizes = array("q", ({values}{"," if values else ""}))')
+        arena = "arena.data_ptr()" if self.storage.arena.offsets else "0"
+        self.line(
+            f"check_status(run_{number}(kernels_{number}, pointers.buffer_info()[0], "
+            f"sizes.buffer_info()[0], {arena}, threads))"
+        )
+
+    def _pointer(self, node: Node) -> str:
+        return self.names[node]
+
+    def launches(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built]) -> None:
+        """A run of Triton kernels, launched one by one."""
+        self.allocate(run)
+        kernels = self.namespace.setdefault("launch", {})
+        for step, which in run:
+            assert step.lowered is not None
+            kernels[which] = built[which].module().launch
+            buffers = ", ".join(self._pointer(n) for n in step.lowered.buffers)
+            extents = ", ".join(self.expr(e) for e in step.lowered.sizes)
+            self.line(f"launch[{which}]([{buffers}], [{extents}])  # {built[which].source.name}")
+
+    # End -------------------------------------------------------------------------------------------------
+
+    def release(self, position: int) -> None:
+        """Drop tensors that nobody reads after step `position`."""
+        output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        kept = set(_seen(output, self.partition))
+        dead = [
+            n
+            for n in self.names
+            if n.op == "call_function" and self.last_use.get(n, position) <= position and n not in kept
+            and self.names[n] == n.name
+        ]  # fmt: skip
+        if dead:
+            self.line("del " + ", ".join(self.names[n] for n in dead))
+        for n in dead:
+            del self.names[n]
+
+    def finish(self) -> None:
+        """The return statement."""
+        output = next(n for n in self.gm.graph.nodes if n.op == "output")
+        results = output.args[0]
+        items = results if isinstance(results, list | tuple) else (results,)
+        self.line(f"return ({''.join(self.argument(r) + ', ' for r in items)})")
+
+    def compiled(self) -> tuple[Callable[..., tuple[Any, ...]], str]:
+        """The host function and its text, which tracebacks and debuggers can show."""
+        text = "\n".join(self.lines) + "\n"
+        name = f"<llmcomp host program {next(_files)}>"
+        exec(compile(text, name, "exec"), self.namespace)
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        return self.namespace["call"], text
+
+
+def _attribute(gm: GraphModule, path: str) -> Any:
+    value: Any = gm
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def eager(node: Node) -> Callable[..., Any] | None:
+    """The eager function of one of our operators where a plain ATen call is cheaper than its reference."""
+    if node.target is torch.ops.llmcomp.linear.default:
+        return _library_matrix if node.args[3] else _library_linear
+    return None
+
+
+def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
+    return torch.ops.aten.linear.default(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _library_matrix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
+    product = torch.matmul(x, weight)
+    return product if bias is None else product.add_(bias)

@@ -1,0 +1,143 @@
+"""Kernels around linear layers: siblings, epilogues and prologues.
+
+    fuse_siblings   linear(x, a); linear(x, b); linear(x, c)      ->  one kernel, three matrices, no concatenation
+    fuse_epilogue   add(linear(x, w), residual)                   ->  one kernel
+    fuse_prologue   linear(rms_norm(x), w)                        ->  one kernel
+
+Nodes are labelled, not rewritten. Each step asks `fits` whether the grown region is still one kernel; what it
+refuses is reported with the reason.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, Node
+
+from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.groups import Fits, Groups, Label, base
+
+# Whether a linear layer is left to the library (large float matrix products on the CPU).
+Library = Callable[[Node], bool]
+
+
+def _linears() -> tuple[object, ...]:
+    return torch.ops.llmcomp.linear.default, torch.ops.llmcomp.grouped_linear.default
+
+
+def fuse_siblings(fits: Fits, library: Library) -> Pass:
+    """Linear layers that read the same operand share one kernel (q/k/v; gate/up)."""
+
+    def run(graph: Graph, report: Report) -> None:
+        groups = Groups(graph)
+        by_operand: dict[tuple[Node, ...], list[Node]] = {}
+        for node in graph.nodes:
+            if node.target in _linears() and not library(node):
+                by_operand.setdefault(_operand_key(node), []).append(node)
+        for siblings in by_operand.values():
+            _join_siblings(groups, siblings, fits, report)
+
+    return Pass("fuse_siblings", run, needs=frozenset({SHAPES}))
+
+
+def _operand_key(node: Node) -> tuple[Node, ...]:
+    grouped = node.target is torch.ops.llmcomp.grouped_linear.default
+    return tuple(n for n in (node.args[0], node.args[2] if grouped else None) if isinstance(n, Node))
+
+
+def _join_siblings(groups: Groups, siblings: list[Node], fits: Fits, report: Report) -> None:
+    label: Label | None = None
+    for node in siblings:
+        alone = fits(groups.region("contract", [node]), groups.inlined)
+        if alone is not None:
+            report.miss(node, alone)
+            continue
+        if label is not None:
+            together = [*groups.members[label], node]
+            reason = fits(groups.region("contract", together), groups.inlined)
+            if reason is None and groups.acyclic(together):
+                label = groups.extend(label, [node])
+                report.rewrites += 1
+                continue
+            report.miss(node, reason or "its sibling must run first")
+        label = groups.create("contract", [node])
+
+
+def fuse_epilogue(fits: Fits) -> Pass:
+    """What happens to the result of a linear layer, element by element, happens in its kernel."""
+
+    def run(graph: Graph, report: Report) -> None:
+        groups = Groups(graph)
+        for label in [x for x in groups.order() if x[0] == "contract"]:
+            _grow(groups, label, fits, report)
+
+    return Pass("fuse_epilogue", run, needs=frozenset({SHAPES}))
+
+
+def _grow(groups: Groups, label: Label, fits: Fits, report: Report) -> None:
+    refused: dict[Node, str] = {}
+    while True:
+        candidates = _readers(groups, label)
+        taken = next((n for n in candidates if n not in refused and _takes(groups, label, n, fits, refused)), None)
+        if taken is None:
+            break
+        label = groups.extend(label, [taken])
+        refused.clear()
+        report.rewrites += 1
+    for node, reason in refused.items():
+        report.miss(node, reason)
+
+
+def _readers(groups: Groups, label: Label) -> list[Node]:
+    found = {
+        r
+        for n in groups.members[label]
+        for r in groups.readers(n)
+        if r.op == "call_function" and groups.label(r) is None
+    }
+    return sorted(found, key=groups.position.__getitem__)
+
+
+def _takes(groups: Groups, label: Label, node: Node, fits: Fits, refused: dict[Node, str]) -> bool:
+    grown = [*groups.members[label], node]
+    reason = fits(groups.region("contract", grown), groups.inlined)
+    if reason is None and not groups.acyclic(grown):
+        reason = "it waits for something that needs this kernel"
+    if reason is not None:
+        refused[node] = reason
+    return reason is None
+
+
+def fuse_prologue(fits: Fits, rows: Callable[[Node], int], most_rows: int) -> Pass:
+    """A norm that only one kernel's linear layers read is computed in that kernel, once for each thread or block.
+
+    Above `most_rows` rows the repetition costs more than a kernel of its own; `rows` tells how many there are.
+    """
+
+    def run(graph: Graph, report: Report) -> None:
+        groups = Groups(graph)
+        for label in [x for x in groups.order() if x[0] == "contract"]:
+            _absorb(groups, label, fits, rows, most_rows, report)
+
+    return Pass("fuse_prologue", run, needs=frozenset({SHAPES}))
+
+
+def _absorb(
+    groups: Groups, label: Label, fits: Fits, rows: Callable[[Node], int], most_rows: int, report: Report
+) -> None:
+    layer = next(n for n in groups.members[label] if n.target in _linears())
+    operand = layer.args[0]
+    assert isinstance(operand, Node)
+    producer = base(operand)
+    if producer.op != "call_function" or groups.label(producer) is not None or producer in groups.inlined:
+        return
+    grown = [*groups.members[label], producer]
+    if rows(layer) > most_rows:
+        report.miss(producer, f"{rows(layer)} rows: a kernel of its own is cheaper")
+    elif any(groups.label(r) != label for r in groups.readers(producer)):
+        report.miss(producer, "others read it too")
+    elif (reason := fits(groups.region("contract", grown), groups.inlined)) is not None:
+        report.miss(producer, reason)
+    elif groups.acyclic(grown):
+        groups.extend(label, [producer])
+        report.rewrites += 1
