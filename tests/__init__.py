@@ -1,0 +1,1 @@
+"""The tests; `tests.models` and the like are imported from the repository root."""
