@@ -112,6 +112,16 @@ class Space:
         values = iter(result)
         return tuple(ZERO if n == 1 else next(values) for n in extents)
 
+    def joined(self, expr: sympy.Expr) -> sympy.Expr:
+        """`expr` with c*b*(x // b) + c*(x % b) written as c*x: a split that was undone."""
+        expr = sympy.expand(expr)
+        for low in expr.atoms(Mod):
+            x, b = low.args
+            step, high = expr.coeff(low), expr.coeff(FloorDiv(x, b))
+            if step != 0 and sympy.expand(high - step * b) == 0:
+                expr = sympy.expand(expr - high * FloorDiv(x, b) - step * low + step * x)
+        return expr
+
     def reshape(
         self, index: Sequence[sympy.Expr], outer: Sequence[int | torch.SymInt], inner: Sequence[int | torch.SymInt]
     ) -> Index:

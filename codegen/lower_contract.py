@@ -188,7 +188,7 @@ def _section(
             if rotated:
                 assert turn is not None
                 points = channel_points(axes[-1].symbol, *turn)
-            if axes:
+            if len(axes) > 1:  # a norm within a head; over a whole row it would leave one tile, so one thread
                 inner = Inner(axes[-1].symbol, points, axes[-1].size)
             if rotated:
                 axes = (*axes[:-1], K.Axis(axes[-1].symbol, axes[-1].size / 2))
@@ -240,7 +240,8 @@ def _accumulating(
     """A puller for an epilogue: linear layers become accumulators."""
 
     def accumulate(p: Puller, node: Node, at: Index) -> K.Argument:
-        if sympy.expand(p.space.flatten(at[:-1], lead) - rows.symbol) != 0:
+        expected = ZERO if rows.size == 1 else rows.symbol
+        if sympy.expand(p.space.flatten(at[:-1], lead) - expected) != 0:
             raise Unfit(f"{node.name} is read at another row")
         key = (node, sympy.expand(at[-1]))
         if key not in accumulators:

@@ -172,14 +172,15 @@ class Puller:
     def load(self, node: Node, index: Index, stem: str) -> Argument:
         """One element of a node that lies in memory."""
         value = fake(node)
-        position = sympy.Add(*(i * s for i, s in zip(index, sizes(value.stride()), strict=True)))
+        terms = (i * s for i, s in zip(index, sizes(value.stride()), strict=True))
+        position = self.space.joined(sympy.Add(*terms))
         buffer, dtype, mask = self.buffer(node, stem), compute_dtype(value.dtype), self.mask
         return self.emit(stem, dtype, lambda out: Load(out, buffer.name, position, dtype, mask))
 
     def store(self, buffer: Buffer, position: sympy.Expr, value: Argument) -> None:
         """Write one element."""
         name = self.named(value, compute_dtype(buffer.dtype))
-        self.statements.append(Store(buffer.name, position, name, self.mask))
+        self.statements.append(Store(buffer.name, self.space.joined(position), name, self.mask))
 
     def reduce(self, op: str, value: Argument, dtype: torch.dtype) -> str:
         """A reduction of `value` along the inner axis."""

@@ -24,7 +24,8 @@ def argument(node: Node, name: str, default: object = None) -> object:
         if a.name == name:
             if position < len(node.args):
                 return node.args[position]
-            return node.kwargs.get(name, default)
+            fallback = a.default_value if a.has_default_value() and default is None else default
+            return node.kwargs.get(name, fallback)
     return default
 
 

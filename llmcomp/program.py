@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from llmcomp import hostcode
 from llmcomp.codegen.build import Built, Cache, Source
-from llmcomp.codegen.lower import Lowered, lower
+from llmcomp.codegen.fit import Lowerer
+from llmcomp.codegen.lower import Lowered
 from llmcomp.costs import extern_cost, kernel_cost
 from llmcomp.options import Options
 from llmcomp.passes.partition import read_partition
@@ -58,7 +59,7 @@ class Executable:
         return self._run(*inputs)
 
 
-def compile_program(gm: GraphModule, options: Options, target: Target) -> Executable:
+def compile_program(gm: GraphModule, lowerer: Lowerer, options: Options, target: Target) -> Executable:
     """Compile a partitioned graph for `target` ("cpp" or "triton").
 
     Raises:
@@ -67,7 +68,7 @@ def compile_program(gm: GraphModule, options: Options, target: Target) -> Execut
     """
     clock = Clock()
     partition = read_partition(gm.graph)
-    steps = lower_steps(partition)
+    steps = lower_steps(partition, lowerer)
     clock.lap("lower")
     sources, kernels = render_all(steps, target)
     clock.lap("render")
@@ -78,10 +79,11 @@ def compile_program(gm: GraphModule, options: Options, target: Target) -> Execut
     return Executable(run, text, _report(steps, kernels, built, target, clock))
 
 
-def lower_steps(partition: Partition) -> list[Step]:
+def lower_steps(partition: Partition, lowerer: Lowerer) -> list[Step]:
     """Regions with their kernels, in order."""
     return [
-        Step(r, None if r.family == "extern" else lower(r, partition.inlined)) for r in partition.regions
+        Step(r, None if r.family == "extern" else lowerer.lower(r, partition.inlined))
+        for r in partition.regions
     ]
 
 

@@ -33,9 +33,7 @@ CREATIONS = frozenset(
     }
 )  # fmt: skip
 # Operators with several results whose items are computed one by one, each by the kernel that wants it.
-TUPLES = frozenset(
-    {aten.native_layer_norm.default, aten.max.dim, aten.min.dim, aten.var_mean.correction}
-)
+TUPLES = frozenset({aten.native_layer_norm.default, aten.max.dim, aten.min.dim, aten.var_mean.correction})
 
 
 def is_tensor(node: Node) -> bool:
@@ -47,7 +45,11 @@ def is_view(node: Node) -> bool:
     if node.target in VIEWS:
         return True
     source = node.args[0] if node.args else None
-    return getattr(node.target, "__name__", "") == "getitem" and isinstance(source, Node) and source.target in VIEWS
+    return (
+        getattr(node.target, "__name__", "") == "getitem"
+        and isinstance(source, Node)
+        and source.target in VIEWS
+    )
 
 
 def base(node: Node) -> Node:
@@ -144,23 +146,36 @@ class Groups:
         inside = set(nodes)
         last = max(self.position[n] for n in inside)
         seen: set[Node] = set()
-        stack = [a for n in inside for a in self._after[n] if a not in inside]
+        stack = list(self._exits(inside))
         while stack:
             node = stack.pop()
-            if node in seen or self.position[node] > last and self.label(node) is None:
+            if node in seen:
                 continue
             label = self.label(node)
-            together = self.members[label] if label is not None else [node]
-            together = [n for n in together if n not in inside]
-            if min((self.position[n] for n in together), default=last + 1) > last:
-                continue
+            together = [n for n in self.members[label] if n not in inside] if label is not None else [node]
             seen.update(together)
+            if min(self.position[n] for n in together) > last:
+                continue
             for n in together:
                 for a in self._after[n]:
                     if a in inside:
                         return False
                     stack.append(a)
         return True
+
+    def _exits(self, inside: Set[Node]) -> Iterator[Node]:
+        """What waits for `inside`; inlined nodes are passed through, for those that read them recompute them."""
+        seen: set[Node] = set()
+        stack = [a for n in inside for a in self._after[n]]
+        while stack:
+            node = stack.pop()
+            if node in seen or node in inside:
+                continue
+            seen.add(node)
+            if node in self.inlined:
+                stack.extend(self._after[node])
+            else:
+                yield node
 
     def order(self) -> list[Label]:
         """The kernels in an order that respects data and writes."""
@@ -219,7 +234,20 @@ def _is_position(node: Node, depth: int) -> bool:
     """Whether a node is a cheap function of constants and index positions, such as arange(n) + offset."""
     if node.target in CREATIONS or not isinstance(node.meta.get("val"), torch.Tensor):
         return node.target in CREATIONS or isinstance(node.meta.get("val"), torch.SymInt)
-    cheap = {"add", "sub", "mul", "le", "lt", "gt", "ge", "bitwise_and", "logical_and", "unsqueeze", "expand", "view"}
+    cheap = {
+        "add",
+        "sub",
+        "mul",
+        "le",
+        "lt",
+        "gt",
+        "ge",
+        "bitwise_and",
+        "logical_and",
+        "unsqueeze",
+        "expand",
+        "view",
+    }
     name = str(getattr(node.target, "__name__", "")).split(".")[0]
     if depth == 0 or name not in cheap or node.op != "call_function":
         return False
