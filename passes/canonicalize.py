@@ -1,0 +1,229 @@
+"""One spelling for what can be written in many ways: no-ops go, casts and views of views merge.
+
+    detach(x), alias(x), lift_fresh_copy(x)      ->  x
+    clone(x), x * 1.0, i + 0, _to_copy(x)        ->  x                          where the layout stays
+    view(x, shape of x), x[0:], transpose twice  ->  x
+    view(view(x, a), b)                          ->  view(x, b)
+    _unsafe_view(x, a)                           ->  view(x, a)
+    bf16(f32(x)), x of bf16                      ->  x
+    cat([empty, x])                              ->  x, or a contiguous clone
+
+A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an input or
+with another result, and copies of memory that the graph writes into stay.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
+
+from llmcomp.graph import (
+    argument,
+    base,
+    insert,
+    is_contiguous,
+    is_returned,
+    is_tensor,
+    mutated,
+    replace,
+    same_layout,
+    same_size,
+    val,
+)
+from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.facts import CANONICAL, SHAPES
+
+aten = torch.ops.aten
+
+# Operators whose result shows memory of the first argument, element for element.
+VIEWS = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten._unsafe_view.default,
+        aten.view.default,
+    }
+)
+INPUTS = ("placeholder", "get_attr")
+
+# Each dtype with the dtypes that hold all of its values.
+_FLOATS = {
+    torch.bfloat16: {torch.float32, torch.float64},
+    torch.float16: {torch.float32, torch.float64},
+    torch.float32: {torch.float64},
+}
+_INTEGERS = {
+    torch.bool: {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATS, torch.float64},
+    torch.uint8: {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64},
+    torch.int8: {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64},
+    torch.int16: {torch.int32, torch.int64, torch.float32, torch.float64},
+    torch.int32: {torch.int64, torch.float64},
+}
+HOLDS = _FLOATS | _INTEGERS
+
+Written = frozenset[Node]
+Rule = Callable[[Node, Written], Node | None]
+
+
+def _run(graph: Graph, report: Report) -> None:
+    writes = mutated(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and is_tensor(node):
+            report.rewrites += _simplify(node, writes)
+
+
+CANONICALIZE = Pass("canonicalize", _run, needs=frozenset({SHAPES}), gives=frozenset({CANONICAL}))
+
+
+def _simplify(node: Node, writes: Written) -> int:
+    """Apply rules to `node`, and to what takes its place, until none fits; returns how many did."""
+    new = next((n for rule in RULES if (n := rule(node, writes)) is not None), None)
+    if new is None:
+        return 0
+    replace(node, new)
+    return 1 + (_simplify(new, writes) if new.op == "call_function" else 0)
+
+
+def merge_views(node: Node, writes: Written) -> Node | None:
+    """view(view(x, a), b) -> view(x, b); _unsafe_view becomes view."""
+    if node.target not in (aten.view.default, aten._unsafe_view.default):
+        return None
+    source, shape = node.args[:2]
+    assert isinstance(source, Node)
+    start = source
+    while start.target is aten.view.default and is_contiguous(val(start)):
+        before = start.args[0]
+        assert isinstance(before, Node)
+        if not is_contiguous(val(before)):
+            break
+        start = before
+    if start is source and node.target is aten.view.default:
+        return None
+    return _before(node, aten.view.default, start, shape)
+
+
+def merge_casts(node: Node, writes: Written) -> Node | None:
+    """f64(f32(x)) -> f64(x) where the inner cast loses nothing; convert_element_type becomes _to_copy."""
+    if node.target is torch.ops.prims.convert_element_type.default:
+        return _before(node, aten._to_copy.default, node.args[0], dtype=node.args[1])
+    if not is_cast(node):
+        return None
+    inner = node.args[0]
+    assert isinstance(inner, Node)
+    if not is_cast(inner):
+        return None
+    source = inner.args[0]
+    assert isinstance(source, Node)
+    if val(inner).dtype not in HOLDS.get(val(source).dtype, ()):
+        return None
+    return _before(node, aten._to_copy.default, source, dtype=val(node).dtype)
+
+
+def is_cast(node: Node) -> bool:
+    """Whether a node changes the dtype of a tensor and nothing else (or not even that)."""
+    if node.target is not aten._to_copy.default or not is_tensor(node.args[0]):
+        return False
+    out, source = val(node), val(node.args[0])
+    same_place = out.device == source.device and out.layout == source.layout
+    return same_place and argument(node, "memory_format") in (None, torch.preserve_format)
+
+
+def drop_view(node: Node, writes: Written) -> Node | None:
+    """A view that shows the same elements at the same indices as something it was made from."""
+    source = node
+    while source.target in VIEWS:
+        before = source.args[0]
+        assert isinstance(before, Node)
+        source = before
+        if _shows_the_same(node, source) and not _gives_second_result(node, source):
+            return source
+    return None
+
+
+def _shows_the_same(view: Node, source: Node) -> bool:
+    a, b = val(view), val(source)
+    return same_layout(a, b) and same_size(a.storage_offset(), b.storage_offset())
+
+
+def _gives_second_result(node: Node, source: Node) -> bool:
+    """Whether dropping `node` would return an input, or return `source` twice, as one tensor object."""
+    return _is_result(node) and (source.op in INPUTS or _is_result(source))
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def drop_copy(node: Node, writes: Written) -> Node | None:
+    """A copy of the same values in the same layout, where nobody can tell it from its source."""
+    source = _copied(node)
+    if source is None or not same_layout(val(node), val(source)) or val(node).device != val(source).device:
+        return None
+    return source if _may_share(node, source, writes) else None
+
+
+def _copied(node: Node) -> Node | None:
+    """The tensor whose values and dtype a call gives back, or None."""
+    source = node.args[0] if node.args else None
+    if not (isinstance(source, Node) and is_tensor(source)) or val(source).dtype != val(node).dtype:
+        return None
+    if node.target in COPIES or (is_cast(node)) or _is_neutral(node):
+        return source
+    return None
+
+
+COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
+
+
+def _is_neutral(node: Node) -> bool:
+    """x * 1 and x / 1; x + 0 and x - 0 for integers only, for -0.0 + 0 is 0.0."""
+    if len(node.args) != 2 or node.kwargs or isinstance(node.args[1], Node):
+        return False
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return node.args[1] == 1
+    integer = not val(node).dtype.is_floating_point and not val(node).dtype.is_complex
+    return node.target in (aten.add.Tensor, aten.sub.Tensor) and integer and node.args[1] == 0
+
+
+def _may_share(copy: Node, source: Node, writes: Written) -> bool:
+    """Whether `copy` may become `source`: neither is written into, and no result starts to share memory."""
+    memory = base(source)
+    if memory in writes or copy in writes:
+        return False
+    if not is_returned(copy):
+        return True
+    return memory is source and source.op not in INPUTS and not is_returned(source)
+
+
+def drop_empty(node: Node, writes: Written) -> Node | None:
+    """cat([empty, x]) -> clone(x): the first append to a cache that holds nothing."""
+    if node.target is not aten.cat.default:
+        return None
+    parts = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr, arg-type]
+    if len(parts) != 1 or val(parts[0]).dtype != val(node).dtype or not is_contiguous(val(node)):  # type: ignore[arg-type]
+        return None
+    return _before(node, aten.clone.default, parts[0], memory_format=torch.contiguous_format)
+
+
+def _is_empty(node: Node) -> bool:
+    return any(same_size(n, 0) for n in val(node).shape)
+
+
+RULES: tuple[Rule, ...] = (merge_views, merge_casts, drop_empty, drop_view, drop_copy)
+
+
+def _before(node: Node, target: OpOverload, *args: Argument, **kwargs: Argument) -> Node:
+    with node.graph.inserting_before(node):
+        return insert(node.graph, target, *args, **kwargs)
