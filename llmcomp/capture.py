@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from llmcomp import compat
 from llmcomp.errors import CaptureError
+from llmcomp.specialize import specialize_attributes
 
 KEPT_WHOLE = (torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default)
 
@@ -32,6 +33,8 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
     for the forward graph, and for the backward graph during the first `backward()`.
     """
     trains = needs_grad(gm, inputs)
+    if not trains:
+        specialize_attributes(gm)
     with nullcontext() if trains else compat.keep_whole(KEPT_WHOLE):
         return compat.aot_autograd(
             gm,
@@ -76,10 +79,11 @@ class _Captured(BaseException):
         self.gm, self.inputs = gm, inputs
 
 
-def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> GraphModule:
+def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> GraphModule:
     """Return the ATen graph that the passes get for `fn(*inputs)` without gradients; nothing is executed.
 
     `gm.meta["inputs"]` holds the real flat inputs: `gm(*gm.meta["inputs"])` gives the tuple of flat outputs.
+    Sizes are numbers, or symbols where `dynamic`.
 
     Raises:
         torch._dynamo.exc.Unsupported: `fn` is not one graph.

@@ -76,12 +76,24 @@ def aot_autograd(
     compiled: Callable[..., Any] = aot(
         gm,
         inputs,
-        fw_compiler=forward,
-        bw_compiler=_undynamoed(backward),
-        inference_compiler=inference,
+        fw_compiler=_boxed(forward),
+        bw_compiler=_undynamoed(_boxed(backward)),
+        inference_compiler=_boxed(inference),
         keep_inference_input_mutations=True,
     )
     return compiled
+
+
+def _boxed(compile_graph: GraphCompiler) -> GraphCompiler:
+    """AOTAutograd hands its inputs over in a list, so that it holds none of them during the call."""
+
+    def compile_boxed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func  # slow to import
+
+        boxed: Callable[..., Any] = make_boxed_func(compile_graph(gm, inputs))
+        return boxed
+
+    return compile_boxed
 
 
 def _undynamoed(compile_graph: GraphCompiler) -> GraphCompiler:

@@ -117,7 +117,7 @@ def _checked(key: str, value: object, source: str) -> Any:
     """Return `value` as it is stored; `source` is what the user wrote: key or environment variable."""
     if key not in _RULES:
         raise OptionError(
-            f"expected an option of llmcomp, found {key!r}: {_did_you_mean(key, list(_RULES))}"
+            f"expected an option of llmcomp, found {key!r}: {_did_you_mean(str(key), list(_RULES))}"
             f"the options are {', '.join(_RULES)}"
         )
     rule = _RULES[key]

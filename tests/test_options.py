@@ -1,0 +1,127 @@
+"""Options: what is accepted, what is refused and how the refusal reads."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from llmcomp.errors import OptionError
+from llmcomp.options import MODES, Options, read_options, triton_interprets
+
+
+def test_defaults():
+    options = read_options(None, None, {})
+    assert options == Options(cache=Path.home() / ".cache" / "llmcomp")
+    assert not options.cuda_graphs and not options.autotune
+
+
+def test_options_are_frozen_and_hashable():
+    options = read_options({}, None, {})
+    assert hash(options) == hash(read_options({}, None, {}))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.verify = True  # type: ignore[misc]
+
+
+def test_every_field_can_be_set():
+    asked = {
+        "target": "cpp",
+        "mode": "max-autotune",
+        "verify": True,
+        "threads": 3,
+        "cache": "/tmp/a",
+        "debug": 2,
+        "dump": Path("/tmp/b"),
+    }
+    assert set(asked) == {f.name for f in dataclasses.fields(Options)}
+    stored = asked | {"cache": Path("/tmp/a")}
+    assert dataclasses.asdict(read_options(asked, None, {})) == stored
+
+
+@pytest.mark.parametrize(
+    ("mode", "cuda_graphs", "autotune"),
+    [
+        ("default", False, False),
+        ("reduce-overhead", True, False),
+        ("max-autotune", True, True),
+        ("max-autotune-no-cudagraphs", False, True),
+    ],
+)
+def test_modes(mode, cuda_graphs, autotune):
+    assert mode in MODES
+    options = read_options(None, mode, {})
+    assert (options.cuda_graphs, options.autotune) == (cuda_graphs, autotune)
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, cache"]),
+        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, cache, debug, dump"]),
+        ({"target": "cuda"}, ["target", "auto, triton, cpp, reference", "'cuda'"]),
+        ({"target": "trito"}, ["did you mean 'triton'"]),
+        ({"target": ["cpp"]}, ["target", "['cpp']"]),
+        ({"verify": 1}, ["verify", "True or False", "found 1"]),
+        ({"threads": 0}, ["threads", "positive", "found 0"]),
+        ({"threads": True}, ["threads", "True"]),
+        ({"threads": "2"}, ["threads", "'2'"]),
+        ({"debug": 5}, ["debug", "0 to 4", "5"]),
+        ({"debug": -1}, ["debug", "-1"]),
+        ({"cache": ""}, ["cache", "folder"]),
+        ({"dump": 3}, ["dump", "folder", "3"]),
+        ({3: True}, ["3", "the options are"]),
+    ],
+)
+def test_refusals_say_what_is_valid(asked, parts):
+    with pytest.raises(OptionError) as caught:
+        read_options(asked, None, {})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_unknown_mode():
+    with pytest.raises(
+        OptionError, match="mode.*default, reduce-overhead.*'max-autotun'.*did you mean 'max-autotune'"
+    ):
+        read_options(None, "max-autotun", {})
+
+
+def test_options_must_be_a_dict():
+    with pytest.raises(OptionError, match="dict"):
+        read_options(["verify"], None, {})  # type: ignore[arg-type]
+
+
+def test_environment():
+    environment = {"LLMCOMP_CACHE": "/tmp/c", "LLMCOMP_DEBUG": "3", "LLMCOMP_DUMP": "/tmp/d", "OTHER": "x"}
+    options = read_options(None, None, environment)
+    assert (options.cache, options.debug, options.dump) == (Path("/tmp/c"), 3, Path("/tmp/d"))
+
+
+def test_code_wins_over_the_environment():
+    assert read_options({"debug": 0}, None, {"LLMCOMP_DEBUG": "4"}).debug == 0
+
+
+def test_empty_variables_count_as_unset():
+    assert read_options(None, None, {"LLMCOMP_DEBUG": "", "LLMCOMP_DUMP": ""}) == read_options(None, None, {})
+
+
+@pytest.mark.parametrize("value", ["9", "yes", "-1", "1.5"])
+def test_a_bad_variable_is_named(value):
+    with pytest.raises(OptionError, match=f"LLMCOMP_DEBUG.*{value}"):
+        read_options(None, None, {"LLMCOMP_DEBUG": value})
+
+
+def test_home_is_expanded():
+    assert read_options({"cache": "~/x"}, None, {}).cache == Path.home() / "x"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_triton_interpreter(value, expected):
+    assert triton_interprets({"TRITON_INTERPRET": value}) is expected
+
+
+def test_an_unknown_option_reaches_the_user_of_torch_compile():
+    with pytest.raises(BackendCompilerFailed, match="OptionError: .* did you mean 'verify'") as caught:
+        torch.compile(torch.sin, backend="llmcomp", options={"verfy": True})(torch.ones(2))
+    assert isinstance(caught.value.inner_exception, OptionError)
