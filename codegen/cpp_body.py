@@ -2,8 +2,8 @@
 
 What the family printers (cpp.py, cpp_contract.py, cpp_attend.py) share. A printer makes one `Scope` of all
 its bodies and one `Writer`, opens its own loops with `Writer.block`, and fills them with `print_statements`
-(straight-line bodies) or `print_phases` (bodies with reductions along an axis). Names that generated code uses
-besides those of the kernel: `threads`, `status`, `failed` (bits gathered by checks), `start`, `stop`.
+(straight-line bodies) or `print_phases` (bodies with reductions along an axis). Names of generated code
+besides those of the kernel: `threads`, `status`, `failed` (bits of failed checks), `start`, `stop`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,6 @@ from llmcomp.codegen.kernel import (
     Compute,
     Index,
     Load,
-    Phase,
     Reduce,
     Statement,
     Store,
@@ -168,11 +167,12 @@ def element(buffer: str, at: sympy.Expr, scope: Scope) -> str:
 
 
 def narrowed(s: Store, scope: Scope) -> str:
-    """The stored value, converted to what the buffer holds (bf16 and f16 round to nearest even)."""
-    dtype = scope.buffers[s.buffer]
-    if dtype in NARROW_FLOATS:
-        return f"{MEMORY_TYPES[dtype]}({s.value})"
-    return s.value if scope.dtype(s.value) == dtype else f"op::convert<{MEMORY_TYPES[dtype]}>({s.value})"
+    """The stored value as the buffer takes it; assigning a float to bf16 or f16 rounds to nearest even."""
+    target = scope.buffers[s.buffer]
+    target = torch.float32 if target in NARROW_FLOATS else target
+    if scope.dtype(s.value) == target:
+        return s.value
+    return f"{s.value} != 0" if target == torch.bool else f"op::convert<{VALUE_TYPES[target]}>({s.value})"
 
 
 def _value_type(name: str, scope: Scope) -> str:
@@ -221,23 +221,26 @@ REDUCTIONS: dict[str, tuple[str, str, str]] = {
     "prod": ("*", "1", "{out} *= {value};"),
     "max": ("maximum", "op::lowest<{T}>()", "{out} = op::maximum({out}, {value});"),
     "min": ("minimum", "op::highest<{T}>()", "{out} = op::minimum({out}, {value});"),
-    "any": ("|", "false", "{out} |= {value};"),
-    "all": ("&", "true", "{out} &= {value};"),
+    "any": ("|", "0", "{out} |= {value};"),
+    "all": ("&", "1", "{out} &= {value};"),
 }
 
+# Reductions of flags are gathered in an int: gcc does not vectorize one into a bool.
+FLAGS = frozenset({"any", "all"})
 
-def _update(s: Reduce, out: str, scope: Scope) -> str:
+
+def _update(s: Reduce, variable: str, scope: Scope) -> str:
     value = s.value
     dtype = scope.dtype(value)
-    if s.op in ("any", "all") and dtype != torch.bool:
-        value = f"{value} != 0"
+    if s.op in FLAGS:
+        value = value if dtype == torch.bool else f"({value} != 0)"
     elif dtype != scope.values[s.out]:
-        value = f"{VALUE_TYPES[scope.values[s.out]]}({value})"
-    return REDUCTIONS[s.op][2].format(out=out, value=value)
+        value = f"{_value_type(s.out, scope)}({value})"
+    return REDUCTIONS[s.op][2].format(out=variable, value=value)
 
 
 def expand_argmax(body: Body, inner: sympy.Symbol) -> Body:
-    """argmax -> the maximum, then the smallest index that holds it, or holds NaN (which is then the maximum)."""
+    """argmax -> the maximum (NaN, where there is one), then the smallest index that holds it."""
     result: list[Statement] = []
     dtypes = {s.out: s.dtype for s in body if isinstance(s, Load | Compute | Index | Reduce)}
     for s in body:
@@ -280,11 +283,14 @@ def _moves(expr: sympy.Expr, symbol: sympy.Symbol) -> bool:
     return symbol not in step.free_symbols and step.is_zero is False
 
 
-def simd_pragma(reductions: Iterable[Reduce], failing: bool, parts: Mapping[str, str] | None = None) -> str:
-    """`#pragma omp simd` with the clauses that the loop needs; `parts` renames variables of reductions."""
+def simd_pragma(body: Iterable[Statement], scope: Scope, parts: Mapping[str, str] | None = None) -> str:
+    """`#pragma omp simd` with the clauses that `body` needs; `parts` names the variables of reductions."""
+    body = tuple(body)
+    failing = checks([body], scope)
     clauses: dict[str, list[str]] = {}
-    for r in reductions:
-        clauses.setdefault(REDUCTIONS[r.op][0], []).append((parts or {}).get(r.out, r.out))
+    for r in body:
+        if isinstance(r, Reduce):
+            clauses.setdefault(REDUCTIONS[r.op][0], []).append((parts or {}).get(r.out, r.out))
     if failing:
         clauses.setdefault("|", []).append("failed")
     return "#pragma omp simd" + "".join(
@@ -307,34 +313,41 @@ def print_phases(
         w.lines(print_statements(once, scope))
         loop_body = tuple(s for s in phase.body if s not in once)
         if loop_body:
-            _print_phase(w, Phase((), loop_body), inner, scope, seeds or {})
+            _print_phase(w, loop_body, inner, scope, seeds or {})
 
 
-def _print_phase(w: Writer, phase: Phase, inner: Axis, scope: Scope, seeds: Mapping[str, str]) -> None:
-    reductions = [s for s in phase.body if isinstance(s, Reduce)]
-    blocked = [r for r in reductions if r.op == "sum" and scope.values[r.out].is_floating_point]
-    short = inner.size.is_Integer and int(inner.size) <= SUM_BLOCK
-    if short or not blocked:
-        w.lines(_declare(r, r.out, scope) for r in reductions)
-        _print_loop(w, phase.body, inner, scope, seeds, "0", index(inner.size), {})
-        return
-    parts = {r.out: f"{r.out}_part" for r in blocked}
-    w.lines(_declare(r, r.out, scope) for r in reductions if r not in blocked)
-    w.lines(f"double {r.out}_total = 0;" for r in blocked)
-    with w.block(f"for (int64_t start = 0; start < {index(inner.size)}; start += {SUM_BLOCK})"):
-        w.line(f"const int64_t stop = op::minimum<int64_t>(start + {SUM_BLOCK}, {index(inner.size)});")
-        w.lines(_declare(r, parts[r.out], scope) for r in blocked)
-        _print_loop(w, phase.body, inner, scope, seeds, "start", "stop", parts)
-        w.lines(f"{r.out}_total += {r.out}_part;" for r in blocked)
-    w.lines(
-        f"const {_value_type(r.out, scope)} {r.out} = {_value_type(r.out, scope)}({r.out}_total);"
-        for r in blocked
-    )
+def _print_phase(w: Writer, body: Body, inner: Axis, scope: Scope, seeds: Mapping[str, str]) -> None:
+    """One loop along the row; long float sums go in blocks, whose results are added up in double."""
+    reductions = [s for s in body if isinstance(s, Reduce)]
+    totals = [r for r in reductions if r.op == "sum" and scope.values[r.out].is_floating_point]
+    if inner.size.is_Integer and int(inner.size) <= SUM_BLOCK:
+        totals = []
+    variables = {r.out: f"{r.out}_part" if r in totals else r.out for r in reductions}
+    variables |= {r.out: f"{r.out}_flag" for r in reductions if r.op in FLAGS}
+    size = index(inner.size)
+
+    w.lines(_declare(r, variables[r.out], scope) for r in reductions if r not in totals)
+    if totals:
+        w.lines(f"double {r.out}_total = 0;" for r in totals)
+        with w.block(f"for (int64_t start = 0; start < {size}; start += {SUM_BLOCK})"):
+            w.line(f"const int64_t stop = op::minimum<int64_t>(start + {SUM_BLOCK}, {size});")
+            w.lines(_declare(r, variables[r.out], scope) for r in totals)
+            _print_loop(w, body, inner, scope, seeds, loop(inner.symbol, "stop", "start"), variables)
+            w.lines(f"{r.out}_total += {r.out}_part;" for r in totals)
+    else:
+        _print_loop(w, body, inner, scope, seeds, loop(inner.symbol, size), variables)
+    w.lines(_result(r, f"{r.out}_total", scope) for r in totals)
+    w.lines(f"const bool {r.out} = {r.out}_flag != 0;" for r in reductions if r.op in FLAGS)
 
 
-def _declare(r: Reduce, name: str, scope: Scope) -> str:
+def _declare(r: Reduce, variable: str, scope: Scope) -> str:
+    ctype = "int32_t" if r.op in FLAGS else _value_type(r.out, scope)
+    return f"{ctype} {variable} = {REDUCTIONS[r.op][1].format(T=ctype)};"
+
+
+def _result(r: Reduce, total: str, scope: Scope) -> str:
     ctype = _value_type(r.out, scope)
-    return f"{ctype} {name} = {REDUCTIONS[r.op][1].format(T=ctype)};"
+    return f"const {ctype} {r.out} = {total if ctype == 'double' else f'{ctype}({total})'};"
 
 
 def _print_loop(
@@ -343,18 +356,16 @@ def _print_loop(
     inner: Axis,
     scope: Scope,
     seeds: Mapping[str, str],
-    start: str,
-    stop: str,
-    parts: Mapping[str, str],
+    head: str,
+    variables: Mapping[str, str],
 ) -> None:
     read = {name for s in body for name in inputs(s)}
-    reductions = [s for s in body if isinstance(s, Reduce)]
     if simd_legal(body, inner, scope):
-        w.line(simd_pragma(reductions, any(_fails(s, scope) for s in body), parts))
-    with w.block(loop(inner.symbol, stop, start)):
-        for name, text in seeds.items():
-            if name in read:
-                w.line(f"const {_value_type(name, scope)} {name} = {text};")
+        w.line(simd_pragma(body, scope, variables))
+    with w.block(head):
+        w.lines(f"const {_value_type(n, scope)} {n} = {text};" for n, text in seeds.items() if n in read)
         for s in body:
-            out = parts.get(s.out) if isinstance(s, Reduce) else None
-            w.lines([_update(s, out, scope)] if isinstance(s, Reduce) and out else print_statement(s, scope))
+            if isinstance(s, Reduce):
+                w.line(_update(s, variables[s.out], scope))
+            else:
+                w.lines(print_statement(s, scope))

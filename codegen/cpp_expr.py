@@ -363,4 +363,15 @@ def index(expr: sympy.Expr, narrow: Container[str] = ()) -> str:
     >>> index(n * i + FloorDiv(j, 2))
     'i * n + (j / 2)'
     """
-    return str(IndexPrinter(narrow).doprint(sympy.sympify(expr)))
+    text = str(IndexPrinter(narrow).doprint(sympy.sympify(expr)))
+    return text[1:-1] if _one_group(text) else text
+
+
+def _one_group(text: str) -> bool:
+    """Whether the first parenthesis closes at the end."""
+    depth = 0
+    for at, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return at > 0 and at == len(text) - 1 and text[0] == "("
+    return False

@@ -1,0 +1,90 @@
+"""Kernel -> C++ source: one translation unit with one `extern "C"` function.
+
+Map and Rows are printed here, Contract and Attend by cpp_contract.py and cpp_attend.py.
+"""
+
+from collections.abc import Sequence
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv
+
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.cpp_body import (
+    Scope,
+    Writer,
+    expand_argmax,
+    loop,
+    make_scope,
+    print_phases,
+    print_statements,
+    simd_legal,
+    simd_pragma,
+)
+from llmcomp.codegen.cpp_expr import index
+from llmcomp.codegen.cpp_function import count, item_loop, kernel_function, merge_axes
+from llmcomp.codegen.kernel import Axis, Body, Kernel, Map, Rows, Store, vectors
+
+# A Map splits its last axis in pieces of this many elements, so that few long rows still keep all threads
+# busy.
+PIECE = 4096
+POINT = Axis(sympy.Symbol("i0", integer=True, nonnegative=True), sympy.Integer(1))
+
+
+def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
+    """The C++ source of `kernel`; `comment` names the graph nodes that it computes."""
+    match kernel:
+        case Map():
+            text = render_map(kernel)
+        case Rows():
+            text = render_rows(kernel)
+        case _:
+            raise NotImplementedError(f"no C++ printer for {type(kernel).__name__}")
+    return Source(kernel.name, "cpp", text, tuple(comment))
+
+
+def render_map(kernel: Map) -> str:
+    """The text of a Map: an item is a point of the outer axes and a piece of the last one, a vector loop."""
+    axes, body = merge_axes(kernel.axes or (POINT,), kernel.body)
+    *outer, inner = axes
+    scope = make_scope(kernel.buffers, [body])
+    whole = inner.size.is_Integer and int(inner.size) <= PIECE
+    piece = Axis(
+        sympy.Symbol("piece", integer=True, nonnegative=True), FloorDiv(inner.size + PIECE - 1, PIECE)
+    )
+    item_axes = outer if whole else [*outer, piece]
+    w = Writer()
+    items, work = count(item_axes), count(axes)
+    with kernel_function(w, kernel.name, kernel.buffers, kernel.sizes, [body], scope, items, work):
+        with item_loop(w, item_axes):
+            if whole:
+                _print_points(w, body, inner, scope, loop(inner.symbol, index(inner.size)))
+            else:
+                w.line(f"const int64_t start = piece * {PIECE};")
+                w.line(f"const int64_t stop = op::minimum<int64_t>(start + {PIECE}, {index(inner.size)});")
+                _print_points(w, body, inner, scope, loop(inner.symbol, "stop", "start"))
+    return w.text()
+
+
+def _print_points(w: Writer, body: Body, inner: Axis, scope: Scope, head: str) -> None:
+    """What is constant along the inner axis once, then the loop."""
+    varying = vectors(body, inner.symbol)
+    once = [s for s in body if not isinstance(s, Store) and s.out not in varying]
+    rest = [s for s in body if s not in once]
+    w.lines(print_statements(once, scope))
+    if simd_legal(body, inner, scope):
+        w.line(simd_pragma(rest, scope))
+    with w.block(head):
+        w.lines(print_statements(rest, scope))
+
+
+def render_rows(kernel: Rows) -> str:
+    """The text of a Rows: an item is a row, its phases are loops along the inner axis."""
+    axes, merged = merge_axes(kernel.axes, kernel.body)
+    body = expand_argmax(merged, kernel.inner.symbol)
+    scope = make_scope(kernel.buffers, [body])
+    items, work = count(axes), count([*axes, kernel.inner])
+    w = Writer()
+    with kernel_function(w, kernel.name, kernel.buffers, kernel.sizes, [body], scope, items, work):
+        with item_loop(w, axes):
+            print_phases(w, body, kernel.inner, scope)
+    return w.text()
