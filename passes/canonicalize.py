@@ -8,8 +8,8 @@
     bf16(f32(x)), x of bf16                      ->  x
     cat([empty, x])                              ->  x, or a contiguous clone
 
-A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an input or
-with another result, and copies of memory that the graph writes into stay.
+A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an
+input or with another result, and copies of memory that the graph writes into stay.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,9 @@ def _run(graph: Graph, report: Report) -> None:
             report.rewrites += _simplify(node, writes)
 
 
-CANONICALIZE = Pass("canonicalize", _run, needs=frozenset({SHAPES}), gives=frozenset({CANONICAL}))
+def canonicalize() -> Pass:
+    """The pass that this file describes."""
+    return Pass("canonicalize", _run, needs=frozenset({SHAPES}), gives=frozenset({CANONICAL}))
 
 
 def _simplify(node: Node, writes: Written) -> int:

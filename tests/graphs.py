@@ -33,8 +33,9 @@ def rewrite(
 ) -> tuple[str, tuple[PassResult, ...]]:
     """Run `passes` over the graph of `fn(*inputs)`, check that it computes the same, return (text, reports).
 
-    Results must agree in value, shape, dtype and strides. `rtol` is relative to the largest element; by default one
-    rounding of the dtype for float32, and for narrower dtypes what a float64 evaluation allows (see `close`).
+    Results must agree in value, shape, dtype and strides. `rtol` is relative to the largest element; by
+    default one rounding of the dtype for float32, and for narrower dtypes what a float64 evaluation allows
+    (see `close`).
     """
     gm = capture(fn, *inputs, dynamic=dynamic)
     before = run(gm)
