@@ -84,9 +84,7 @@ def _run(graph: Graph, report: Report) -> None:
             report.rewrites += _simplify(node, writes)
 
 
-def canonicalize() -> Pass:
-    """The pass that this file describes."""
-    return Pass("canonicalize", _run, needs=frozenset({SHAPES}), gives=frozenset({CANONICAL}))
+CANONICALIZE = Pass("canonicalize", _run, needs=frozenset({SHAPES}), gives=frozenset({CANONICAL}))
 
 
 def _simplify(node: Node, writes: Written) -> int:
