@@ -15,7 +15,11 @@ from torch.fx import Graph, GraphModule
 from llmcomp import integrate
 from llmcomp.capture import capture_graph
 from llmcomp.options import Options, read_options
-from llmcomp.passes.base import Pass, run_passes
+from llmcomp.codegen.fit import Lowerer
+from llmcomp.passes import pipeline
+from llmcomp.passes.base import run_passes
+from llmcomp.passes.facts import SHAPES
+from llmcomp.program import compile_program
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, ProgramReport, StageTime
 from llmcomp.target import Target, detect
@@ -74,9 +78,13 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     captured = len(gm.graph.nodes)
     target = detect(options, devices(gm.graph))
     start = time.perf_counter()
-    passes = run_passes(gm, pipeline(options, target))
+    lowerer = Lowerer()
+    generates = target.name != "reference"
+    passes = run_passes(gm, pipeline(target, lowerer.fits) if generates else (), frozenset({SHAPES}))
     seconds = time.perf_counter() - start
-    program = compile_program(gm, options, target)
+    program = (
+        compile_program(gm, lowerer, options, target) if generates else ReferenceProgram(gm, "asked for")
+    )
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, passes, program.report, stages)
 
@@ -85,15 +93,6 @@ def devices(graph: Graph) -> frozenset[torch.device]:
     """The devices of all tensors of `graph`."""
     values = (n.meta.get("val") for n in graph.nodes)
     return frozenset(v.device for v in values if isinstance(v, torch.Tensor))
-
-
-def pipeline(options: Options, target: Target) -> tuple[Pass, ...]:
-    return ()
-
-
-def compile_program(gm: GraphModule, options: Options, target: Target) -> Program:
-    """Make the program of a graph that has been through the passes."""
-    return ReferenceProgram(gm, f"target {target.name} calls eager operators")
 
 
 # Torch loads this module when a user first names the backend: the moment to make generate() of compiled

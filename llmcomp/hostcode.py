@@ -1,12 +1,12 @@
 """The host code of a program: one Python function, printed, that binds sizes, allocates, launches and returns.
 
-    def call(ids, past, weight):                                    # the inputs of the graph
-        s0 = past.size(2)                                           # symbolic sizes
-        arena = empty((4096 + s0 * 64,), dtype=uint8)               # intermediates of kernels
-        linear = empty_strided((1, 1, 32), (32, 32, 1), ...)        # what is returned or read by eager calls
-        launch_0(array("Q", (ids.data_ptr(), ...)), ...)            # a run of kernels: one foreign call
-        topk = extern[0](linear, 5)                                 # an Extern call
-        return (linear, topk)
+def call(ids, past, weight):                                    # the inputs of the graph
+    s0 = past.size(2)                                           # symbolic sizes
+    arena = empty((4096 + s0 * 64,), dtype=uint8)               # intermediates of kernels
+    linear = empty_strided((1, 1, 32), (32, 32, 1), ...)        # what is returned or read by eager calls
+    launch_0(array("Q", (ids.data_ptr(), ...)), ...)            # a run of kernels: one foreign call
+    topk = extern[0](linear, 5)                                 # an Extern call
+    return (linear, topk)
 """
 
 import array
@@ -50,9 +50,12 @@ def check_status(status: int) -> None:
 
     Raises:
         IndexError: an index of an embedding or a gather was out of range.
+        RuntimeError: an integer was divided by zero.
     """
-    if status:
+    if status & 1:
         raise IndexError("index out of range in self")
+    if status:
+        raise RuntimeError("ZeroDivisionError")
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,7 @@ def host_program(
 
 def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]", target: Target) -> Storage:
     """Decide for every stored result whether it needs a tensor of its own, and place the others in the arena."""
-    stored = {
-        o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o
-    }
+    stored = {o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o}
     step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
     output = next(n for n in gm.graph.nodes if n.op == "output")
     visible = set(_seen(output, partition))
@@ -298,13 +299,17 @@ class HostWriter:
                     strides = self._tuple(value.stride())
                     dtype, device = self._constant(value.dtype), self._constant(value.device)
                     self.names[node] = node.name
-                    self.line(f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
+                    self.line(
+                        f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})"
+                    )
 
     def _tuple(self, values: Sequence[int | torch.SymInt]) -> str:
         inner = ", ".join(self.expr(size(v)) for v in values)
         return f"({inner},)" if values else "()"
 
-    def foreign_call(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built], options: Options) -> None:
+    def foreign_call(
+        self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built], options: Options
+    ) -> None:
         """A run of C++ kernels as one call of a printed C function."""
         from llmcomp.codegen.build import build
         from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
@@ -317,7 +322,11 @@ class HostWriter:
             assert step.lowered is not None
             entries = tuple(table.setdefault(n, len(table)) for n in step.lowered.buffers)
             launches.append(Launch(built[which].source.name, which, entries, step.lowered.sizes))
-        slots = [Slot(i, self.storage.arena.offsets[n]) for n, i in table.items() if n in self.storage.arena.offsets]
+        slots = [
+            Slot(i, self.storage.arena.offsets[n])
+            for n, i in table.items()
+            if n in self.storage.arena.offsets
+        ]
         used = {s for x in launches for e in x.sizes for s in e.free_symbols}
         used |= {s for x in slots for s in x.offset.free_symbols}
         symbols = tuple(sorted(used, key=str))
@@ -404,10 +413,14 @@ def eager(node: Node) -> Callable[..., Any] | None:
     return None
 
 
-def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
+def _library_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool
+) -> torch.Tensor:
     return torch.ops.aten.linear.default(x, weight, bias)  # type: ignore[no-any-return]
 
 
-def _library_matrix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
+def _library_matrix(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool
+) -> torch.Tensor:
     product = torch.matmul(x, weight)
     return product if bias is None else product.add_(bias)

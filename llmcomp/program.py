@@ -125,7 +125,9 @@ def comment(region: Region) -> tuple[str, ...]:
 
 def _describe(node: Node) -> str:
     value = node.meta.get("val")
-    shape = f" {str(value.dtype).split('.')[-1]}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    shape = (
+        f" {str(value.dtype).split('.')[-1]}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    )
     arguments = ", ".join(a.name if isinstance(a, Node) else str(a) for a in node.args)
     return f"{node.name}{shape} = {node.target}({arguments})"
 
@@ -163,7 +165,7 @@ def _report(
         kernel = step.lowered.kernel
         path = built[which].source_path
         launched.append(KernelReport(kernel.name, step.region.family, names, total, flops, weights, path))
-    fresh = sum(b.compiled for b in built)
+    fresh = sum(not b.cached for b in built)
     return ProgramReport(
         target.name, tuple(launched), tuple(externs), tuple(clock.stages), fresh, len(built) - fresh
     )

@@ -1,1 +1,46 @@
 """The passes, FX graph to FX graph, and the pipeline that lists them in order."""
+
+import torch
+from torch.fx import Node
+
+from llmcomp.passes.base import Pass
+from llmcomp.passes.canonicalize import CANONICALIZE
+from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
+from llmcomp.passes.groups import Fits
+from llmcomp.passes.partition import partition
+from llmcomp.target import Target
+
+
+def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
+    """The compiler, in order. `fits` says why a region cannot be one kernel, or None where it can."""
+    library = _left_to_library(target)
+    return (
+        CANONICALIZE,  # one spelling per operator, no-ops gone
+        fuse_siblings(fits, library),  # q, k and v; gate and up: one kernel reads the operand once
+        fuse_epilogue(fits),  # bias, residual, activation, rotary embedding, cache write
+        fuse_prologue(fits, rows, most_rows=16),  # the norm before a linear layer
+        partition(fits),  # every remaining node belongs to one kernel, or to an eager call
+    )
+
+
+def rows(linear: Node) -> int:
+    """Rows of the operand of a linear layer in the call that was traced."""
+    operand = linear.args[0]
+    assert isinstance(operand, Node)
+    count = 1
+    for n in operand.meta["val"].shape[:-1]:
+        count *= int(n.node.hint) if isinstance(n, torch.SymInt) and n.node.has_hint() else int(n) if isinstance(n, int) else 1024
+    return count
+
+
+def _left_to_library(target: Target):  # type: ignore[no-untyped-def]
+    """Whether a linear layer is a matrix product that the CPU's library does at the speed of the arithmetic.
+
+    Few rows are bound by reading the weight, where a kernel of ours can fuse what comes before and after.
+    """
+
+    def library(linear: Node) -> bool:
+        grouped = linear.target is torch.ops.llmcomp.grouped_linear.default
+        return target.name == "cpp" and not grouped and rows(linear) > 16
+
+    return library

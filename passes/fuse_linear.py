@@ -78,7 +78,9 @@ def _grow(groups: Groups, label: Label, fits: Fits, report: Report) -> None:
     refused: dict[Node, str] = {}
     while True:
         candidates = _readers(groups, label)
-        taken = next((n for n in candidates if n not in refused and _takes(groups, label, n, fits, refused)), None)
+        taken = next(
+            (n for n in candidates if n not in refused and _takes(groups, label, n, fits, refused)), None
+        )
         if taken is None:
             break
         label = groups.extend(label, [taken])

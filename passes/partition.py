@@ -67,7 +67,9 @@ def _merge(groups: Groups, label: Label, node: Node, fits: Fits, report: Report)
 
 def _repeats(producer: Node, node: Node) -> bool:
     """Whether computing `producer` inside the kernel of `node` would compute it many times over."""
-    if not isinstance(producer.meta.get("val"), torch.Tensor) or not isinstance(node.meta.get("val"), torch.Tensor):
+    if not isinstance(producer.meta.get("val"), torch.Tensor) or not isinstance(
+        node.meta.get("val"), torch.Tensor
+    ):
         return False
     smaller, larger = _elements(producer), _elements(node)
     name = str(getattr(producer.target, "__name__", "")).split(".")[0].strip("_")
@@ -77,7 +79,13 @@ def _repeats(producer: Node, node: Node) -> bool:
 def _elements(node: Node) -> int:
     count = 1
     for n in node.meta["val"].shape:
-        count *= int(n.node.hint) if isinstance(n, torch.SymInt) and n.node.has_hint() else int(n) if isinstance(n, int) else 8192
+        count *= (
+            int(n.node.hint)
+            if isinstance(n, torch.SymInt) and n.node.has_hint()
+            else int(n)
+            if isinstance(n, int)
+            else 8192
+        )
     return count
 
 
