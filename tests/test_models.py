@@ -1,0 +1,81 @@
+"""A dozen architectures end to end, compiled, equal to eager; the sweep runs them all."""
+
+import copy
+
+import pytest
+import torch
+
+from llmcomp.report import GraphReport
+from tests.checks import CHECKS, NEW_TOKENS, exact_copy
+from tests.models import EXCLUDED, all_cases, case_named, causal_lm_cases
+from tests.numerics import Divergence, assert_no_worse, divergences, is_tie
+
+# Each adds something: q/k norms, post-norms and soft caps, windows, Conv1D, parallel layers, alibi, experts,
+# sinks, latent attention, fused q/k/v, state-space layers.
+GENERATE = (
+    "llama qwen3 gemma2 gemma3_text gpt2 gpt_neox phi3 olmo2 bloom mixtral gpt_oss deepseek_v3 mamba".split()
+)
+LOGITS = "llama bert-sequence modernbert-token whisper-speech t5".split()
+BFLOAT16 = "llama qwen3 gemma2 gpt2 bloom mixtral bert-token".split()
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_greedy_tokens_of_a_padded_batch_equal_eager(name: str) -> None:
+    assert CHECKS["generate"](case_named(name), "llmcomp").breaks == 0
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_of_two_shapes_equal_eager(name: str) -> None:
+    assert CHECKS["logits"](case_named(name), "llmcomp").breaks == 0
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_is_no_less_exact_than_eager(name: str) -> None:
+    assert CHECKS["bfloat16"](case_named(name), "llmcomp").breaks == 0
+
+
+def test_static_cache() -> None:
+    assert CHECKS["static"](case_named("llama"), "llmcomp").breaks == 0
+
+
+def test_generate_of_a_compiled_module_runs_compiled(graphs: list[GraphReport]) -> None:
+    case = case_named("llama")
+    model, prompt = case.build(), case.prompt(1, 7)
+    eager = copy.deepcopy(model).generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    ours = torch.compile(model, backend="llmcomp").generate(
+        **prompt, max_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    assert len(graphs) == 3, "prefill, first decode, decode of any length"
+    assert torch.equal(ours, eager)
+
+
+def test_every_case_can_be_made_small() -> None:
+    assert len(causal_lm_cases()) >= 170
+    assert len({c.name for c in all_cases()}) == len(all_cases())
+    assert all(reason for reason in EXCLUDED.values())
+
+
+def test_a_wrong_result_is_seen() -> None:
+    exact = torch.randn(4, 50, dtype=torch.float64)
+    eager = exact.bfloat16()
+    worse = (exact + 3 * (eager.double() - exact)).bfloat16()
+    assert_no_worse(eager, eager, exact)
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_no_worse(worse + worse.abs().max() / 50, eager, exact)
+
+
+def test_a_tie_is_a_gap_within_the_error_of_eager() -> None:
+    assert divergences(torch.tensor([[1, 2, 3], [1, 1, 1]]), torch.tensor([[1, 2, 3], [1, 2, 1]])) == (
+        Divergence(1, 1, 1, 2),
+    )
+    exact, eager = torch.tensor([0.0, 1.0, 1.01]), torch.tensor([0.0, 1.0, 1.0])
+    assert is_tie(Divergence(0, 0, 1, 2), eager, exact)
+    assert not is_tie(Divergence(0, 0, 0, 2), eager, exact)
+
+
+def test_the_exact_copy_leaves_the_model_alone() -> None:
+    model = case_named("mixtral").build(torch.bfloat16)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    exact_copy(model)
+    assert model.dtype == torch.bfloat16 and model.config._experts_implementation != "eager"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
