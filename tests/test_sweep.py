@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.sweep
 from tests.checks import Work, checks_of
 from tests.models import Case, all_cases, case_named
 from tests.sweep import Record, Store, main, run_child, share, spawn
