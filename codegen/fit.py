@@ -99,7 +99,12 @@ class _Description:
         value = self._value(node.meta.get("val"))
         if node not in self._inside and node not in self._inlined:
             return ("extern", value)
-        return (node.target, self._argument(node.args), self._argument(tuple(sorted(node.kwargs.items()))), value)
+        return (
+            node.target,
+            self._argument(node.args),
+            self._argument(tuple(sorted(node.kwargs.items()))),
+            value,
+        )
 
     def _value(self, value: object) -> object:
         if isinstance(value, torch.Tensor):

@@ -1,11 +1,12 @@
 """Index algebra: how the index of an output element becomes the index of an input element."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 
 import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
+
+from llmcomp.hints import volume
 
 Index = tuple[sympy.Expr, ...]
 ZERO = sympy.Integer(0)
@@ -14,13 +15,6 @@ ZERO = sympy.Integer(0)
 def size(value: int | torch.SymInt) -> sympy.Expr:
     """A size, stride or offset of a fake tensor as a sympy expression."""
     return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(int(value))
-
-
-def hint(value: int | torch.SymInt) -> int:
-    """The value of a size in the call that was traced; 8192 where it depends on data."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.hint) if value.node.has_hint() else 8192
-    return int(value)
 
 
 def sizes(values: Iterable[int | torch.SymInt]) -> Index:
@@ -84,9 +78,7 @@ class Space:
             else:
                 quotient.append(whole)
         remainder = sympy.Add(*rest)
-        if remainder == 0 or (
-            all(_nonnegative(t) for t in rest) and self.below(remainder, divisor)
-        ):
+        if remainder == 0 or (all(_nonnegative(t) for t in rest) and self.below(remainder, divisor)):
             return sympy.Add(*quotient), remainder
         return FloorDiv(expr, divisor), Mod(expr, divisor)
 
@@ -123,7 +115,10 @@ class Space:
         return expr
 
     def reshape(
-        self, index: Sequence[sympy.Expr], outer: Sequence[int | torch.SymInt], inner: Sequence[int | torch.SymInt]
+        self,
+        index: Sequence[sympy.Expr],
+        outer: Sequence[int | torch.SymInt],
+        inner: Sequence[int | torch.SymInt],
     ) -> Index:
         """The index into an array of sizes `inner` of the element at `index` of its view of sizes `outer`."""
         result: list[sympy.Expr] = []
@@ -158,7 +153,7 @@ def _groups(
             ins.append(j)
             j += 1
         while _volume(outer, outs) != _volume(inner, ins):
-            smaller = prod(hint(outer[d]) for d in outs) <= prod(hint(inner[d]) for d in ins)
+            smaller = volume(outer[d] for d in outs) <= volume(inner[d] for d in ins)
             if (smaller and i < len(outer)) or j >= len(inner):
                 assert i < len(outer), f"cannot view {tuple(inner)} as {tuple(outer)}"
                 outs.append(i)

@@ -8,9 +8,10 @@ import torch
 from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
-from llmcomp.codegen.index import Index, Space, ZERO, axis_symbol, hint, size, sizes
+from llmcomp.codegen.index import ZERO, Index, Space, axis_symbol, size, sizes
 from llmcomp.codegen.pull import Inner, Puller, fake
 from llmcomp.codegen.rules import reduced_dims, rules
+from llmcomp.hints import hint
 from llmcomp.region import Region, Unfit
 
 aten = torch.ops.aten
@@ -34,6 +35,8 @@ def lower(region: Region, inlined: Set[Node]) -> Lowered:
     from llmcomp.codegen.lower_attend import lower_attend
     from llmcomp.codegen.lower_contract import lower_contract
 
+    if any(n == 0 for o in region.outputs for n in fake(destination(o)[1]).shape if isinstance(n, int)):
+        raise Unfit("no elements")
     families = {"map": lower_map, "rows": lower_rows, "contract": lower_contract, "attend": lower_attend}
     return families[region.family](region, inlined)
 
@@ -41,7 +44,18 @@ def lower(region: Region, inlined: Set[Node]) -> Lowered:
 def kernel_name(region: Region) -> str:
     """A readable name made of the operators of the region, the same for equal regions."""
     words: list[str] = []
-    skipped = {"view", "transpose", "unsqueeze", "clone", "expand", "slice", "getitem", "permute", "_unsafe_view", "reshape"}
+    skipped = {
+        "view",
+        "transpose",
+        "unsqueeze",
+        "clone",
+        "expand",
+        "slice",
+        "getitem",
+        "permute",
+        "_unsafe_view",
+        "reshape",
+    }
     for node in region.nodes:
         word = str(getattr(node.target, "__name__", node.target)).split(".")[0].strip("_")
         if word not in words and word not in skipped:
@@ -78,7 +92,9 @@ def write(p: Puller, output: Node, index: Index) -> None:
         where[dim] = p.checked(position, size(fake(target).shape[dim]), wrap=False)
     elif target is not value:
         shape = fake(target).shape
-        where = [ZERO if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], sizes(shape), strict=True)]
+        where = [
+            ZERO if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], sizes(shape), strict=True)
+        ]
     strides = sizes(fake(target).stride())
     p.store(buffer, sympy.Add(*(i * s for i, s in zip(where, strides, strict=True))), result)
 
@@ -113,7 +129,9 @@ def members(region: Region, inlined: Set[Node]) -> Set[Node]:
 def rotation(region: Region) -> tuple[int, bool] | None:
     """(channels, interleaved) of the rotary embeddings of a region, if they agree and channels are known."""
     found = {
-        (hint(fake(n).shape[-1]), bool(n.args[3])) for n in region.nodes if n.target is torch.ops.llmcomp.rope.default
+        (hint(fake(n).shape[-1]), bool(n.args[3]))
+        for n in region.nodes
+        if n.target is torch.ops.llmcomp.rope.default
     }
     return found.pop() if len(found) == 1 else None
 
@@ -166,7 +184,9 @@ def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     full = [o for o in region.outputs if _ends_in(fake(destination(o)[1]), extent)]
     reference = fake(destination(full[0])[1]) if full else fake(destination(region.outputs[0])[1])
     rank = reference.dim() - (_trailing(reference, extent) if full else 0)
-    outer, loops = loop_axes(reference.new_empty_strided(reference.shape[:rank], reference.stride()[:rank]), "r")
+    outer, loops = loop_axes(
+        reference.new_empty_strided(reference.shape[:rank], reference.stride()[:rank]), "r"
+    )
     symbol, points, inner_size = axis_symbol("c"), None, extent
     turn = rotation(region)
     if turn is not None and extent == turn[0]:
@@ -187,7 +207,9 @@ def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     refuse_hazards(p)
     axes = tuple(loops) or (K.Axis(axis_symbol("r"), sympy.Integer(1)),)
     row_axis = K.Axis(symbol, inner_size)
-    return finish(p, lambda buffers, symbols: K.Rows(kernel_name(region), buffers, symbols, axes, row_axis, body_of(p)))
+    return finish(
+        p, lambda buffers, symbols: K.Rows(kernel_name(region), buffers, symbols, axes, row_axis, body_of(p))
+    )
 
 
 def _row(region: Region) -> tuple[sympy.Expr, int]:
@@ -222,7 +244,11 @@ def is_reduction(node: Node) -> bool:
     if node.target in reduce_rules():
         return True
     source = node.args[0] if node.args else None
-    return str(node.target) == "<built-in function getitem>" and isinstance(source, Node) and is_tuple_reduction(source)
+    return (
+        str(node.target) == "<built-in function getitem>"
+        and isinstance(source, Node)
+        and is_tuple_reduction(source)
+    )
 
 
 def _trailing(value: torch.Tensor, extent: sympy.Expr) -> int:

@@ -7,12 +7,13 @@ import torch
 from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
-from llmcomp.codegen.index import Space, ZERO, axis_symbol, hint, size
+from llmcomp.codegen.index import ZERO, Space, axis_symbol, size
 from llmcomp.codegen.lower import Lowered, finish, kernel_name, members
 from llmcomp.codegen.pull import Puller, broadcast, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.codegen.rules_reduce import argument
 from llmcomp.codegen.rules_view import _extent
+from llmcomp.hints import hint
 from llmcomp.region import Region, Unfit
 
 NEGATIVE_INFINITY = float("-inf")
@@ -82,7 +83,11 @@ def _score(
         score = p.op("mul", p.op("tanh", p.op("div", score, cap)), cap)
     mask = argument(node, "mask")
     if isinstance(mask, Node):
-        index = broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
+        index = (
+            broadcast(at, fake(mask))
+            if fake(mask).dim() == 4
+            else broadcast(at[4 - fake(mask).dim() :], fake(mask))
+        )
         seen = p.at(mask, index, "mask")
         if fake(mask).dtype == torch.bool:
             score = p.op("where", seen, score, NEGATIVE_INFINITY)

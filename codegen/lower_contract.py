@@ -13,8 +13,17 @@ import torch
 from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
-from llmcomp.codegen.index import Index, Space, ZERO, axis_symbol, size, sizes
-from llmcomp.codegen.lower import Lowered, channel_points, destination, finish_all, kernel_name, members, rotation, write
+from llmcomp.codegen.index import ZERO, Index, Space, axis_symbol, size, sizes
+from llmcomp.codegen.lower import (
+    Lowered,
+    channel_points,
+    destination,
+    finish_all,
+    kernel_name,
+    members,
+    rotation,
+    write,
+)
 from llmcomp.codegen.pull import Inner, Puller, compute_dtype, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.region import Region, Unfit
@@ -48,7 +57,12 @@ def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
     rows = K.Axis(axis_symbol("m"), sympy.expand(sympy.Mul(*lead)))
     k = K.Axis(axis_symbol("k"), depth)
 
-    prologue = Puller(Space({rows.symbol: rows.size, k.symbol: depth}), inside.__contains__, rules(), inner=Inner(k.symbol, (k.symbol,), depth))
+    prologue = Puller(
+        Space({rows.symbol: rows.size, k.symbol: depth}),
+        inside.__contains__,
+        rules(),
+        inner=Inner(k.symbol, (k.symbol,), depth),
+    )
     row_index = prologue.space.unflatten(rows.symbol, lead)
     value = prologue.named(prologue.at(operand, (*row_index, k.symbol)), compute_dtype(fake(operand).dtype))
     buffers = prologue.buffers
@@ -124,7 +138,9 @@ def _through(p: Puller, node: Node, index: Index) -> K.Argument:
     return p.at(source, index)
 
 
-def _digits(expr: sympy.Expr, extents: dict[sympy.Symbol, sympy.Expr], why: str) -> list[tuple[sympy.Symbol, sympy.Expr]]:
+def _digits(
+    expr: sympy.Expr, extents: dict[sympy.Symbol, sympy.Expr], why: str
+) -> list[tuple[sympy.Symbol, sympy.Expr]]:
     """The symbols of a mixed-radix number with their weights, most significant first."""
     free = [s for s in extents if expr.has(s)]
     weights = [(s, expr.coeff(s)) for s in free]
@@ -181,7 +197,9 @@ def _section(
         if layout is None:
             layout = shape
             names = ["n"] if len(shape) == 1 else [f"h{i}" for i in range(len(shape) - 1)] + ["n"]
-            axes = tuple(K.Axis(axis_symbol(name), extent) for name, (extent, _) in zip(names, shape, strict=True))
+            axes = tuple(
+                K.Axis(axis_symbol(name), extent) for name, (extent, _) in zip(names, shape, strict=True)
+            )
             inner: Inner | None = None
             points: tuple[sympy.Expr, ...] = (axes[-1].symbol,) if axes else ()
             rotated = turn is not None and axes and axes[-1].size == turn[0] and _rotated(trace, region)
@@ -199,7 +217,7 @@ def _section(
         assert p is not None
         for point in points or (ZERO,):
             chosen: dict[sympy.Symbol, sympy.Expr] = {}
-            for (symbol, weight) in row_digits:
+            for symbol, weight in row_digits:
                 high = p.space.split(rows.symbol, weight)[0]
                 top = symbol == row_digits[0][0]
                 chosen[symbol] = high if top else p.space.split(high, trace.extents[symbol])[1]
@@ -207,7 +225,11 @@ def _section(
                 chosen[symbol] = point if axis is axes[-1] else axis.symbol
             write(p, trace.output, tuple(i.xreplace(chosen) for i in trace.index))
     assert p is not None
-    return p, K.Section(axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),), tuple(accumulators.values()), tuple(p.statements))
+    return p, K.Section(
+        axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),),
+        tuple(accumulators.values()),
+        tuple(p.statements),
+    )
 
 
 def _rotated(trace: Trace, region: Region) -> bool:

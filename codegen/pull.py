@@ -13,7 +13,7 @@ import torch
 from torch._prims_common import elementwise_dtypes
 from torch.fx import Node
 
-from llmcomp.codegen.index import Index, Space, ZERO, size, sizes
+from llmcomp.codegen.index import ZERO, Index, Space, size, sizes
 from llmcomp.codegen.kernel import (
     Argument,
     Buffer,
@@ -138,7 +138,9 @@ class Puller:
             return _constant(value, dtype)
         if self.dtypes[value] == dtype:
             return value
-        return self.emit("as_" + str(dtype).split(".")[-1], dtype, lambda out: Compute(out, "convert", (value,), dtype))
+        return self.emit(
+            "as_" + str(dtype).split(".")[-1], dtype, lambda out: Compute(out, "convert", (value,), dtype)
+        )
 
     def named(self, value: Argument, dtype: torch.dtype) -> str:
         """`value` as the name of a value of `dtype`: constants get a statement."""
@@ -165,9 +167,7 @@ class Puller:
         """A loaded index, checked against [0, extent)."""
         name = self.named(value, torch.int64)
         mask = self.mask
-        return self.symbol(
-            self.emit("index", torch.int64, lambda out: Check(out, name, extent, wrap, mask))
-        )
+        return self.symbol(self.emit("index", torch.int64, lambda out: Check(out, name, extent, wrap, mask)))
 
     def load(self, node: Node, index: Index, stem: str) -> Argument:
         """One element of a node that lies in memory."""
@@ -229,7 +229,11 @@ class Puller:
             (n, a if a is None or isinstance(a, str) else self.argument(a, index, len(index), _stem(n)))
             for n, a in operands
         ]
-        promoting = [_dtype_witness(a) for n, a in operands if n not in ("alpha", "beta", "condition", "mask", "approximate")]
+        promoting = [
+            _dtype_witness(a)
+            for n, a in operands
+            if n not in ("alpha", "beta", "condition", "mask", "approximate")
+        ]
         computation, _ = elementwise_dtypes(
             *(p for p in promoting if p is not None), type_promotion_kind=rule.promotion
         )
@@ -244,7 +248,9 @@ class Puller:
         positional = len(node.args)
         saved, self.dtype = self.dtype, computation
         try:
-            result = rule.formula(self, *(v for _, v in converted[:positional]), **dict(converted[positional:]))
+            result = rule.formula(
+                self, *(v for _, v in converted[:positional]), **dict(converted[positional:])
+            )
         finally:
             self.dtype = saved
         return self.convert(result, compute_dtype(fake(node).dtype))
@@ -258,7 +264,9 @@ class Puller:
         """`value` rounded to what `dtype` can hold, in its register dtype."""
         value = self.convert(value, compute_dtype(dtype))
         if (rounding := NARROW_FLOATS.get(dtype)) and isinstance(value, str):
-            return self.emit("rounded", torch.float32, lambda out: Compute(out, rounding, (value,), torch.float32))
+            return self.emit(
+                "rounded", torch.float32, lambda out: Compute(out, rounding, (value,), torch.float32)
+            )
         return value
 
 

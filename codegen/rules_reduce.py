@@ -1,21 +1,26 @@
 """Pull rules of operators that reduce along the inner axis of a kernel: sums, maxima, softmax, norms."""
 
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 import torch
 from torch.fx import Node
 
-from llmcomp.codegen.index import Index, ZERO, sizes
+from llmcomp.codegen.index import Index, sizes
 from llmcomp.codegen.kernel import Argument
 from llmcomp.codegen.pull import Puller, Rule, compute_dtype, dims, fake
 from llmcomp.region import Unfit
 
 aten = torch.ops.aten
 
-COMBINE = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum", "any": "logical_or", "all": "logical_and"}
+COMBINE = {
+    "sum": "add",
+    "prod": "mul",
+    "max": "maximum",
+    "min": "minimum",
+    "any": "logical_or",
+    "all": "logical_and",
+}
 
 
 def argument(node: Node, name: str, default: object = None) -> object:
@@ -52,7 +57,10 @@ class Along:
         extent = sympy.expand(sympy.Mul(*(shape[d] for d in along)))
         if p.inner is None or sympy.expand(p.inner.extent - extent) != 0:
             raise Unfit(f"{node.name} reduces {extent} elements, not the inner axis")
-        if p.inner.symbol in sympy.Tuple(*outer).free_symbols or p.space.data & sympy.Tuple(*outer).free_symbols:
+        if (
+            p.inner.symbol in sympy.Tuple(*outer).free_symbols
+            or p.space.data & sympy.Tuple(*outer).free_symbols
+        ):
             raise Unfit(f"{node.name} is read at another row")
         self.p, self.source, self.along, self.outer, self.shape = p, source, along, outer, shape
 
@@ -107,7 +115,13 @@ def fold(op: str) -> Rule:
         source, along = _source(node), reduced_dims(node)
         outer = _outer(index, along, bool(argument(node, "keepdim", False)), fake(source).dim())
         dtype = compute_dtype(fake(node).dtype)
-        working = torch.bool if op in ("any", "all") else compute_dtype(fake(source).dtype) if op.startswith("arg") else dtype
+        working = (
+            torch.bool
+            if op in ("any", "all")
+            else compute_dtype(fake(source).dtype)
+            if op.startswith("arg")
+            else dtype
+        )
         elements = Along(p, node, source, along, outer)
         if op.startswith("arg") and (p.inner is None or p.inner.points != (p.inner.symbol,)):
             raise Unfit("arg reduction over a divided axis")
@@ -155,7 +169,9 @@ def softmax(logarithm: bool) -> Rule:
     return rule
 
 
-def moments(p: Puller, node: Node, source: Node, along: tuple[int, ...], outer: Index) -> tuple[Argument, Argument, torch.dtype]:
+def moments(
+    p: Puller, node: Node, source: Node, along: tuple[int, ...], outer: Index
+) -> tuple[Argument, Argument, torch.dtype]:
     """(mean, sum of squared deviations, dtype) of the row."""
     dtype = compute_dtype(fake(source).dtype)
     elements = Along(p, node, source, along, outer)
@@ -189,7 +205,9 @@ def _variance(p: Puller, node: Node, source: Node, along: tuple[int, ...], outer
     return _computing(p, dtype, value)
 
 
-def _standardize(p: Puller, node: Node, source: Node, along: tuple[int, ...], index: Index, eps: float) -> tuple[Argument, torch.dtype]:
+def _standardize(
+    p: Puller, node: Node, source: Node, along: tuple[int, ...], index: Index, eps: float
+) -> tuple[Argument, torch.dtype]:
     outer = _outer(index, along, True, fake(source).dim())
     centre, squares, dtype = moments(p, node, source, along, outer)
 
@@ -200,7 +218,9 @@ def _standardize(p: Puller, node: Node, source: Node, along: tuple[int, ...], in
     return _computing(p, dtype, value), dtype
 
 
-def _affine(p: Puller, value: Argument, dtype: torch.dtype, weight: object, bias: object, tail: Index) -> Argument:
+def _affine(
+    p: Puller, value: Argument, dtype: torch.dtype, weight: object, bias: object, tail: Index
+) -> Argument:
     def result() -> Argument:
         out = value
         if isinstance(weight, Node):
@@ -229,11 +249,15 @@ def native_layer_norm_item(p: Puller, node: Node, producer: Node, index: Index) 
     if which == 0:
         value, dtype = _standardize(p, producer, source, along, index, float(eps))  # type: ignore[arg-type]
         return _affine(p, value, dtype, weight, bias, index[along[0] :])
-    centre, squares, dtype = moments(p, producer, source, along, _outer(index, along, True, fake(source).dim()))
+    centre, squares, dtype = moments(
+        p, producer, source, along, _outer(index, along, True, fake(source).dim())
+    )
     if which == 1:
         return centre
     return _computing(
-        p, dtype, lambda: p.op("rsqrt", p.op("add", p.op("div", squares, _count(p, dtype)), float(eps)))  # type: ignore[arg-type]
+        p,
+        dtype,
+        lambda: p.op("rsqrt", p.op("add", p.op("div", squares, _count(p, dtype)), float(eps))),  # type: ignore[arg-type]
     )
 
 
@@ -301,7 +325,9 @@ def item(p: Puller, node: Node, index: Index) -> Argument | None:
         if which == 1 and (p.inner is None or p.inner.points != (p.inner.symbol,)):
             raise Unfit("arg reduction over a divided axis")
         dtype = compute_dtype(fake(source).dtype)
-        return Along(p, producer, source, along, outer).reduce(name if which == 0 else f"arg{name}", dtype, lambda x: x)
+        return Along(p, producer, source, along, outer).reduce(
+            name if which == 0 else f"arg{name}", dtype, lambda x: x
+        )
     if producer.target is aten.var_mean.correction:
         source, along = _source(producer), reduced_dims(producer)
         outer = _outer(index, along, bool(argument(producer, "keepdim", False)), fake(source).dim())

@@ -6,9 +6,9 @@ import sympy
 import torch
 from torch.fx import Node
 
-from llmcomp.codegen.index import Index, ZERO, size, sizes
+from llmcomp.codegen.index import ZERO, Index, size, sizes
 from llmcomp.codegen.kernel import Argument
-from llmcomp.codegen.pull import Puller, Rule, broadcast, compute_dtype, dims, fake
+from llmcomp.codegen.pull import Puller, Rule, broadcast, compute_dtype, fake
 from llmcomp.region import Unfit
 
 aten = torch.ops.aten
@@ -135,8 +135,8 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, ate
 
 def cat(p: Puller, node: Node, index: Index) -> Argument:
     """One input where the range of the index tells which, else a chain of selections over masked loads."""
-    inputs = [n for n in node.args[0] if fake(n).numel() != 0 or fake(n).dim() > 1]  # type: ignore[union-attr, arg-type, misc]
     rank = len(index)
+    inputs = [n for n in node.args[0] if fake(n).dim() == rank]  # type: ignore[union-attr, arg-type, misc]
     dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
     at, start = index[dim], ZERO
     pieces: list[tuple[Node, sympy.Expr, sympy.Expr]] = []
@@ -225,7 +225,13 @@ def arange(p: Puller, node: Node, index: Index) -> Argument:
 
 def full(p: Puller, node: Node, index: Index) -> Argument:
     """full, full_like, new_full, scalar_tensor: one value everywhere."""
-    position = 0 if node.target is aten.scalar_tensor.default else 1 if node.target is not aten.new_full.default else 2
+    position = (
+        0
+        if node.target is aten.scalar_tensor.default
+        else 1
+        if node.target is not aten.new_full.default
+        else 2
+    )
     value = node.args[position]
     if isinstance(value, Node):
         value = p.integer(_extent(value))  # type: ignore[assignment]
@@ -257,15 +263,21 @@ def embedding(p: Puller, node: Node, index: Index) -> Argument:
 def index_select(p: Puller, node: Node, index: Index) -> Argument:
     source, dim, picks = node.args
     assert isinstance(source, Node) and isinstance(picks, Node)
+    if not index or not fake(source).dim():
+        raise Unfit("index_select of a scalar")
     d = int(dim) % len(index)  # type: ignore[arg-type]
-    row = p.checked(p.at(picks, (index[d],) if fake(picks).dim() else (), "index"), size(fake(source).shape[d]), wrap=False)
+    row = p.checked(
+        p.at(picks, (index[d],) if fake(picks).dim() else (), "index"),
+        size(fake(source).shape[d]),
+        wrap=False,
+    )
     return p.at(source, (*index[:d], row, *index[d + 1 :]))
 
 
 def gather(p: Puller, node: Node, index: Index) -> Argument:
     source, dim, picks = node.args[:3]
     assert isinstance(source, Node) and isinstance(picks, Node)
-    if not index:
+    if fake(source).dim() != fake(picks).dim() or not index:
         raise Unfit("gather of a scalar")
     d = int(dim) % len(index)  # type: ignore[arg-type]
     row = p.checked(p.at(picks, index, "index"), size(fake(source).shape[d]), wrap=False)
@@ -310,8 +322,11 @@ def triangle(keep: str) -> Rule:
 def flip(p: Puller, node: Node, index: Index) -> Argument:
     source = _source(node)
     shape = sizes(fake(source).shape)
-    flipped = dims(node.args[1], len(shape))
-    return p.at(source, tuple(n - 1 - i if d in flipped else i for d, (i, n) in enumerate(zip(index, shape, strict=True))))
+    flipped = {int(d) % len(shape) for d in node.args[1]}  # type: ignore[union-attr, arg-type]
+    return p.at(
+        source,
+        tuple(n - 1 - i if d in flipped else i for d, (i, n) in enumerate(zip(index, shape, strict=True))),
+    )
 
 
 def repeat(p: Puller, node: Node, index: Index) -> Argument:
@@ -344,7 +359,12 @@ def view_rules() -> Mapping[object, Rule]:
         rules[target] = constant(0)
     for target in (aten.ones.default, aten.ones_like.default, aten.new_ones.default):
         rules[target] = constant(1)
-    for target in (aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default):
+    for target in (
+        aten.full.default,
+        aten.full_like.default,
+        aten.new_full.default,
+        aten.scalar_tensor.default,
+    ):
         rules[target] = full
     for target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         rules[target] = arange

@@ -6,17 +6,12 @@ from math import prod
 import torch
 from torch.fx import Node
 
+from llmcomp.hints import hint
 from llmcomp.region import Region
 
 
-def _hint(n: int | torch.SymInt) -> int:
-    if isinstance(n, torch.SymInt):
-        return int(n.node.hint) if n.node.has_hint() else 8192
-    return n
-
-
 def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(_hint(n) for n in node.meta["val"].shape)
+    return tuple(hint(n) for n in node.meta["val"].shape)
 
 
 def _bytes(node: Node) -> int:

@@ -3,10 +3,11 @@
 import torch
 from torch.fx import Node
 
+from llmcomp.hints import volume
 from llmcomp.passes.base import Pass
 from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
-from llmcomp.passes.groups import Fits
+from llmcomp.passes.groups import Fits, Library
 from llmcomp.passes.partition import partition
 from llmcomp.target import Target
 
@@ -27,13 +28,10 @@ def rows(linear: Node) -> int:
     """Rows of the operand of a linear layer in the call that was traced."""
     operand = linear.args[0]
     assert isinstance(operand, Node)
-    count = 1
-    for n in operand.meta["val"].shape[:-1]:
-        count *= int(n.node.hint) if isinstance(n, torch.SymInt) and n.node.has_hint() else int(n) if isinstance(n, int) else 1024
-    return count
+    return volume(operand.meta["val"].shape[:-1])
 
 
-def _left_to_library(target: Target):  # type: ignore[no-untyped-def]
+def _left_to_library(target: Target) -> Library:
     """Whether a linear layer is a matrix product that the CPU's library does at the speed of the arithmetic.
 
     Few rows are bound by reading the weight, where a kernel of ours can fuse what comes before and after.

@@ -15,10 +15,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
-from llmcomp.passes.groups import Fits, Groups, Label, base
-
-# Whether a linear layer is left to the library (large float matrix products on the CPU).
-Library = Callable[[Node], bool]
+from llmcomp.passes.groups import Fits, Groups, Label, Library, base
 
 
 def _linears() -> tuple[object, ...]:

@@ -1,9 +1,10 @@
 """Growing kernels: nodes carry the label of the kernel that will compute them, and no kernel may wait for itself.
 
-A label is a pair (family, number) in `node.meta["kernel"]`. The fusing passes add labels; the graph itself stays
-as it was and can be executed at any time. `Groups` is the view of all labels that those passes work on.
+A label is a pair (family, number) in `node.meta["kernel"]`. The fusing passes add labels; the graph itself
+stays as it was and can be executed at any time. `Groups` is the view of all labels that those passes work on.
 """
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator, Set
 
 import torch
@@ -15,6 +16,8 @@ from llmcomp.region import Region
 Label = tuple[str, int]
 # Why a region cannot be one kernel, or None where it can.
 Fits = Callable[[Region, Set[Node]], str | None]
+# Whether a linear layer is left to the library (large float matrix products on the CPU).
+Library = Callable[[Node], bool]
 
 aten = torch.ops.aten
 VIEWS = frozenset(
@@ -186,8 +189,6 @@ class Groups:
             remaining[label] = len(waits)
             for w in waits:
                 after[w].add(label)
-        import heapq
-
         ready = [(self.position[self.members[label][-1]], label) for label, n in remaining.items() if n == 0]
         heapq.heapify(ready)
         result = []

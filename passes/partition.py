@@ -5,11 +5,10 @@
 Nodes are labelled, not rewritten; `read_partition` gives the result.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch.fx import Graph, Node
 
+from llmcomp.hints import elements
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.groups import Fits, Groups, Label
@@ -67,26 +66,9 @@ def _merge(groups: Groups, label: Label, node: Node, fits: Fits, report: Report)
 
 def _repeats(producer: Node, node: Node) -> bool:
     """Whether computing `producer` inside the kernel of `node` would compute it many times over."""
-    if not isinstance(producer.meta.get("val"), torch.Tensor) or not isinstance(
-        node.meta.get("val"), torch.Tensor
-    ):
-        return False
-    smaller, larger = _elements(producer), _elements(node)
+    smaller, larger = elements(producer), elements(node)
     name = str(getattr(producer.target, "__name__", "")).split(".")[0].strip("_")
-    return larger > smaller and (name in COSTLY or larger > 4 * smaller)
-
-
-def _elements(node: Node) -> int:
-    count = 1
-    for n in node.meta["val"].shape:
-        count *= (
-            int(n.node.hint)
-            if isinstance(n, torch.SymInt) and n.node.has_hint()
-            else int(n)
-            if isinstance(n, int)
-            else 8192
-        )
-    return count
+    return larger > smaller > 0 and (name in COSTLY or larger > 4 * smaller)
 
 
 def read_partition(graph: Graph) -> Partition:
