@@ -12,17 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Graph, GraphModule
 
-from llmcomp import integrate
+from llmcomp import bisect, debug, integrate, verify
 from llmcomp.capture import capture_graph
-from llmcomp.options import Options, read_options
 from llmcomp.codegen.fit import Lowerer
+from llmcomp.options import Options, read_options
 from llmcomp.passes import pipeline
-from llmcomp.passes.base import run_passes
+from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.facts import SHAPES
 from llmcomp.program import compile_program
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, ProgramReport, StageTime
-from llmcomp.target import Target, detect
+from llmcomp.target import cpu, detect
 
 
 class Program(Protocol):
@@ -75,18 +75,30 @@ def compile_model(
 
 def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphReport]:
     """Compile one captured ATen graph, rewriting `gm` in place."""
-    captured = len(gm.graph.nodes)
+    captured, start = len(gm.graph.nodes), time.perf_counter()
     target = detect(options, devices(gm.graph))
-    start = time.perf_counter()
     lowerer = Lowerer()
-    generates = target.name != "reference"
-    passes = run_passes(gm, pipeline(target, lowerer.fits) if generates else (), frozenset({SHAPES}))
+    passes = () if target.name == "reference" else pipeline(target, lowerer.fits)
+    seen = debug.Stages(gm, options)
+    kept = verify.Stages(gm) if options.verify else None
+
+    def watch(p: Pass, gm: GraphModule, result: PassResult) -> None:
+        seen.after_pass(p, gm, result)
+        if kept is not None:
+            kept.after_pass(p, gm, result)
+
+    results = run_passes(gm, passes, frozenset({SHAPES}), bisect.gate(gm, passes), watch)
     seconds = time.perf_counter() - start
-    program = (
-        compile_program(gm, lowerer, options, target) if generates else ReferenceProgram(gm, "asked for")
-    )
+    program: Program
+    if target.name == "reference":
+        program = ReferenceProgram(gm, "the target calls eager operators")
+    else:
+        program = compile_program(gm, lowerer, options, target)
+    seen.built(program.report)
+    if kept is not None:
+        program = verify.VerifiedProgram(program, kept.stages, program.report)
     stages = (StageTime("passes", seconds), *program.report.stages)
-    return program, GraphReport(gm.meta.get("kind", ""), captured, passes, program.report, stages)
+    return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
 
 
 def devices(graph: Graph) -> frozenset[torch.device]:
@@ -97,4 +109,4 @@ def devices(graph: Graph) -> frozenset[torch.device]:
 
 # Torch loads this module when a user first names the backend: the moment to make generate() of compiled
 # modules run compiled and to raise Dynamo's limit, since both matter before the first graph arrives.
-integrate.install(llmcomp, ())
+integrate.install(llmcomp, bisect.optional(pipeline(cpu(), Lowerer().fits)))

@@ -99,14 +99,9 @@ def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> Grap
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return capture_graph(gm, example_inputs, compile_graph)
 
-    def call(*args: Any) -> Any:
-        return fn(*args)
-
-    # Dynamo limits the graphs of one code object: a copy keeps captures from filling each other's limit.
-    call.__code__ = call.__code__.replace()
     try:
         with torch.no_grad():
-            torch.compile(call, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+            compat.compile_apart(fn, backend, fullgraph=True, dynamic=dynamic)(*inputs)
     except _Captured as captured:
         captured.gm.meta["inputs"] = captured.inputs
         return captured.gm

@@ -88,7 +88,7 @@ def _boxed(compile_graph: GraphCompiler) -> GraphCompiler:
     """AOTAutograd hands its inputs over in a list, so that it holds none of them during the call."""
 
     def compile_boxed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from functorch.compile import make_boxed_func  # slow to import
+        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]  # slow to import
 
         boxed: Callable[..., Any] = make_boxed_func(compile_graph(gm, inputs))
         return boxed
@@ -157,3 +157,35 @@ def backend_of(compiled: Any) -> object:
     innermost = private("torch._dynamo.eval_frame", "innermost_backend", "knows the backend of a module")
     wrapper = innermost(compiled.dynamo_ctx.callback)
     return getattr(wrapper, "compiler_fn", wrapper)
+
+
+def compile_apart(fn: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """`torch.compile(fn)` with a limit of graphs of its own: Dynamo counts them by code object."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        return fn(*args, **keywords)
+
+    call.__code__ = call.__code__.replace()
+    compiled: Callable[..., Any] = torch.compile(call, backend=backend, **settings)
+    return compiled
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` was given to make `fn`; `fn` itself where it is not compiled."""
+    if isinstance(fn, optimized_module()):
+        fn = fn._orig_mod
+    if isinstance(fn, torch.nn.Module):
+        return fn._call_impl if fn._compiled_call_impl is not None else fn
+    innermost = private("torch._dynamo.eval_frame", "innermost_fn", "finds the function that was compiled")
+    original: Callable[..., Any] = innermost(fn)
+    return original
+
+
+def graph_break(gm: GraphModule) -> str | None:
+    """Why and where Dynamo ended this graph early; None where the function was at its end."""
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return None
+    frame = ended.user_stack[-1] if ended.user_stack else None
+    place = "" if frame is None else f" ({frame.filename}:{frame.lineno})"
+    return str(ended.reason).strip().splitlines()[0] + place
