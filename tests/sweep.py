@@ -11,8 +11,6 @@ fails with Dynamo alone, so it says nothing about llmcomp).
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -21,14 +19,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from tests.checks import CHECKS, Count, Work, checks_of
+from tests.children import report, run_all
 from tests.models import Case, all_cases, case_named
 
-ROOT = Path(__file__).resolve().parent.parent
 EAGER = "eager"
 
 
@@ -79,44 +78,32 @@ def one_line(error: Exception) -> str:
 
 
 def run_case(name: str, checks: Sequence[str], backend: str) -> None:
-    """The child: print one JSON line per check."""
+    """The child: report one record per check."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     case = case_named(name)
     for check in checks:
-        print(json.dumps({"record": asdict(run_check(case, check, backend))}), flush=True)
+        report(asdict(run_check(case, check, backend)))
 
 
 def spawn(name: str, checks: Sequence[str], backend: str, timeout: float) -> Iterator[Record]:
     """The parent: records of one case, from as many processes as crashes and timeouts make necessary."""
-    left = list(checks)
-    while left:
-        command = [sys.executable, "-m", "tests.sweep", "--child", name, "--checks", ",".join(left)]
-        command += ["--backend", backend]
-        found, reason = run_child(command, timeout)
-        yield from found
-        left = left[len(found) :]
-        if left:
-            yield Record(name, left.pop(0), *reason)
+
+    def command(left: Sequence[str]) -> list[str]:
+        options = ["--child", name, "--checks", ",".join(left), "--backend", backend]
+        return [sys.executable, "-m", "tests.sweep", *options]
+
+    for outcome in run_all(checks, command, timeout):
+        if outcome.fields is None:
+            yield Record(name, outcome.item, outcome.verdict, outcome.detail)
+        else:
+            yield parsed(outcome.fields)
 
 
-def run_child(command: Sequence[str], timeout: float) -> tuple[list[Record], tuple[str, str]]:
-    """The records that a child printed, and the verdict on the check that it did not survive."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-        output, reason = child.stdout, ("crash", f"exit {child.returncode}: {child.stderr[-300:]}")
-    except subprocess.TimeoutExpired as expired:
-        output = (expired.stdout or b"").decode()
-        reason = ("timeout", f"over {timeout:.0f} s")
-    lines = (line for line in output.splitlines() if line.startswith('{"record"'))
-    return [parsed(json.loads(line)["record"]) for line in lines], reason
-
-
-def parsed(fields: dict[str, object]) -> Record:
+def parsed(fields: dict[str, Any]) -> Record:
     """A record from its JSON form."""
-    return Record(**{**fields, "work": Work(**fields["work"])})  # type: ignore[arg-type]
+    return Record(**{**fields, "work": Work(**fields["work"])})
 
 
 class Store:

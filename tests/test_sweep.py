@@ -1,15 +1,13 @@
 """Every check on every architecture, each in its own process (hours; `python -m tests.sweep` has a table)."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-import tests.sweep
 from tests.checks import Work, checks_of
 from tests.models import Case, all_cases, case_named
-from tests.sweep import Record, Store, main, run_child, share, spawn
+from tests.sweep import Record, Store, main, share, spawn
 
 TIMEOUT = 900.0
 
@@ -30,28 +28,6 @@ def test_the_store_resumes(tmp_path: Path) -> None:
     assert store.missing(case, ["logits", "padded", "bfloat16"], ()) == ["bfloat16"]
     assert store.missing(case, ["logits", "padded"], ("wrong",)) == ["padded"]
     assert len(json.loads(path.read_text())) == 2
-
-
-def test_a_dead_process_costs_one_check_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = iter(
-        [
-            ([Record("x", "logits", "ok")], ("crash", "exit -11")),
-            ([Record("x", "bfloat16", "ok")], ("timeout", "over 1 s")),
-        ]
-    )
-    monkeypatch.setattr(tests.sweep, "run_child", lambda command, timeout: next(outcomes))
-    records = list(spawn("x", ["logits", "padded", "bfloat16", "generate"], "eager", 1.0))
-    assert [(r.check, r.verdict) for r in records] == [
-        ("logits", "ok"),
-        ("padded", "crash"),
-        ("bfloat16", "ok"),
-        ("generate", "timeout"),
-    ]
-
-
-def test_a_child_that_dies_says_how() -> None:
-    records, (verdict, detail) = run_child([sys.executable, "-c", "raise SystemExit('out of luck')"], 60.0)
-    assert (records, verdict) == ([], "crash") and "out of luck" in detail
 
 
 def test_share_is_that_of_the_sum() -> None:
