@@ -32,7 +32,7 @@ import torch
 
 from llmcomp.errors import BuildError, CacheError
 
-PRELUDE = Path(__file__).with_name("prelude.h")
+HEADERS = Path(__file__).parent
 
 # Why these, and what is left out:
 #   no -ffast-math        NaN, infinity and signed zeros mean in a kernel what they mean in eager;
@@ -117,7 +117,7 @@ class Cache:
         return None
 
     def write(self, filename: str, data: bytes) -> Path:
-        """Write an artefact whole, as readers see it, or not at all. Raises CacheError if no folder takes it."""
+        """Write an artefact: a reader sees all of it or nothing. Raises CacheError if no folder takes it."""
         try:
             return _write(self.root, filename, data)
         except OSError as error:
@@ -265,7 +265,7 @@ def _works(command: Sequence[str], flags: Sequence[str]) -> bool:
 
 def compile_command(command: Sequence[str], flags: Sequence[str], source: Path, library: Path) -> list[str]:
     """The command line that compiles `source`; libraries among the flags come after it."""
-    return [*command, f"-I{PRELUDE.parent}", str(source), *flags, "-o", str(library)]
+    return [*command, f"-I{HEADERS}", str(source), *flags, "-o", str(library)]
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -306,12 +306,25 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+def included(text: str) -> list[str]:
+    """The texts of our headers that a source includes, directly or through another."""
+    names = re.findall(r'^#include "(\w+\.h)"', text, re.MULTILINE)
+    texts = [(HEADERS / name).read_text() for name in names]
+    return texts + [inner for t in texts for inner in included(t)]
+
+
 def file_stem(source: Source, compiler: Compiler | None) -> str:
     """`<name>_<hash>`, the hash over everything that decides what the artefact does."""
     parts = [source.language, source.name, source.text, _versions(source.language)]
     if source.language == "cpp":
         assert compiler is not None
-        parts += [PRELUDE.read_text(), *compiler.command, compiler.version, *compiler.flags, cpu_features()]
+        parts += [
+            *included(source.text),
+            *compiler.command,
+            compiler.version,
+            *compiler.flags,
+            cpu_features(),
+        ]
     return f"{source.name}_{_digest(*parts)}"
 
 

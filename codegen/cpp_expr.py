@@ -350,6 +350,9 @@ class IndexPrinter(StrPrinter):
     def _print_BooleanFalse(self, expr: object) -> str:
         return "false"
 
+    def _print_Function(self, expr: sympy.Function) -> str:
+        return self.emptyPrinter(expr)
+
     def emptyPrinter(self, expr: object) -> str:
         raise ValueError(f"no C++ for the index expression {expr} ({type(expr).__name__})")
 

@@ -3,9 +3,9 @@
     static void NAME_part(<buffers>, <sizes>, int64_t first, int64_t last, int64_t* status)
     extern "C" void NAME(<buffers>, <sizes>, int64_t threads, int64_t* status)
 
-An item is one point of some outer axes, numbered row by row; the second function runs the first, in threads. On
-one thread no OpenMP region is opened: a region of one thread costs a microsecond, and any region hangs in a
-forked child.
+An item is one point of some outer axes, numbered row by row; the second function runs the first, in threads.
+On one thread no OpenMP region is opened: a region of one thread costs a microsecond, and any region hangs in
+a forked child.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

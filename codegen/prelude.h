@@ -5,7 +5,7 @@
 //
 // Polynomials are minimax fits made for this file (Remez exchange in 40 digits); range reductions follow W. J. Cody
 // and W. Waite, "Software Manual for the Elementary Functions", 1980. tests/test_cpp_expr.py holds every function
-// to 2 units in the last place of float.
+// to 2.5 units in the last place.
 #pragma once
 #include <stdint.h>
 
@@ -86,7 +86,9 @@ constexpr float nanf = __builtin_nanf("");
 // ---- limits ---------------------------------------------------------------------------------------------------
 
 template <typename T>
-constexpr bool is_float = T(0.5) != T(0) && T(2) != T(1);
+constexpr bool is_bool = T(2) == T(1);
+template <typename T>
+constexpr bool is_float = T(0.5) != T(0) && !is_bool<T>;
 template <typename T>
 constexpr bool is_signed = T(-1) < T(0);
 
@@ -132,7 +134,8 @@ INLINE double copysign(double x, double y) { return __builtin_copysign(x, y); }
 // Floats go to unsigned integers through int64_t: the direct conversion of a negative value has no defined result.
 template <typename To, typename From>
 INLINE To convert(From x) {
-    if constexpr (is_float<From> && !is_float<To> && !is_signed<To> && sizeof(To) < 8) return To(int64_t(x));
+    constexpr bool small_unsigned = !is_float<To> && !is_bool<To> && !is_signed<To> && sizeof(To) < 8;
+    if constexpr (is_float<From> && small_unsigned) return To(int64_t(x));
     else return To(x);
 }
 
@@ -204,6 +207,9 @@ INLINE T shift_right(T a, T b) {
     INLINE double name(double x) { return __builtin_##name(x); }
 #define C_LIBRARY_DOUBLE(name) \
     INLINE double name(double x) { return __builtin_##name(x); }
+#define C_LIBRARY_WIDE(name)                                                    \
+    INLINE float name(float x) { return float(__builtin_##name(double(x))); }   \
+    INLINE double name(double x) { return __builtin_##name(x); }
 #define C_LIBRARY_BINARY(name)                                                     \
     INLINE float name(float x, float y) { return __builtin_##name##f(x, y); }      \
     INLINE double name(double x, double y) { return __builtin_##name(x, y); }
@@ -219,12 +225,12 @@ C_LIBRARY(tan)
 C_LIBRARY(asin)
 C_LIBRARY(acos)
 C_LIBRARY(atan)
-C_LIBRARY(sinh)
-C_LIBRARY(cosh)
+C_LIBRARY_WIDE(sinh)  // the float version has errors of more than 2 units
+C_LIBRARY_WIDE(cosh)
 C_LIBRARY(asinh)
 C_LIBRARY(acosh)
 C_LIBRARY(atanh)
-C_LIBRARY(erfc)
+C_LIBRARY_WIDE(erfc)
 C_LIBRARY_DOUBLE(exp)
 C_LIBRARY_DOUBLE(exp2)
 C_LIBRARY_DOUBLE(expm1)
@@ -400,8 +406,13 @@ INLINE float tanh(float x) {
     return a < 0.625f ? small : large;
 }
 
-INLINE float sigmoid(float x) { return 1 / (1 + exp(-x)); }
-INLINE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+// Of a negative x from exp(x), so that small results keep their digits.
+template <typename T>
+INLINE T sigmoid(T x) {
+    const T e = exp(-abs(x));
+    const T positive = 1 / (1 + e);
+    return x < 0 ? e * positive : positive;
+}
 
 // Above 1, erf(x) = 1 - exp(-x Q(x)).
 INLINE float erf(float x) {
