@@ -7,7 +7,7 @@ Read this file first, then passes/__init__.py and codegen/kernel.py.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
@@ -21,16 +21,8 @@ from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.facts import SHAPES
 from llmcomp.program import compile_program
 from llmcomp.reference import ReferenceProgram
-from llmcomp.report import GraphReport, ProgramReport, StageTime
+from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.target import cpu, detect
-
-
-class Program(Protocol):
-    """A compiled graph: flat inputs in, the tuple of flat outputs out."""
-
-    report: ProgramReport
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]: ...
 
 
 class Compiled(torch.nn.Module):
@@ -94,9 +86,9 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
         program = ReferenceProgram(gm, "the target calls eager operators")
     else:
         program = compile_program(gm, lowerer, options, target)
-    seen.built(program.report)
+    seen.built(program.report, program.source)
     if kept is not None:
-        program = verify.VerifiedProgram(program, kept.stages, program.report)
+        program = verify.VerifiedProgram(program, kept.stages)
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
 

@@ -9,6 +9,7 @@ Near misses are also logged at level INFO by the logger "llmcomp".
 """
 
 import logging
+import re
 import shutil
 import sys
 from collections import Counter
@@ -52,17 +53,20 @@ class Stages:
         if result.report.rewrites or result.nodes_before != result.nodes_after:
             self._show_graph(p.name, gm)
 
-    def built(self, report: ProgramReport) -> None:
-        """Report the finished program."""
+    def built(self, report: ProgramReport, source: str) -> None:
+        """Report the finished program; `source` is the text of its host code."""
         for stage in report.stages:
             self._print(1, f"  {stage.stage:24} {_ms(stage.seconds)}")
         launches = f"{len(report.kernels)} launches, {len(report.externs)} eager calls"
         self._print(1, f"  {launches}, {report.built} kernels built, {report.cached} found on disk")
         for path in dict.fromkeys(k.source for k in report.kernels if k.source is not None):
             if self._level >= 4:
-                self._print(4, f"# {path}\n{path.read_text()}")
+                self._print(4, f"\n# {path}\n{path.read_text()}")
             if self._folder is not None:
                 shutil.copy(path, self._folder)
+        self._print(4, f"\n# host code\n{source}")
+        if self._folder is not None:
+            (self._folder / f"{self._written:02}_host_code.txt").write_text(source)
 
     def _show_graph(self, stage: str, gm: GraphModule) -> None:
         if self._level >= 3:
@@ -113,11 +117,12 @@ def runnable(gm: GraphModule, title: str) -> str:
 
     Constants of the graph that are larger than 100 elements are random too.
     """
-    imports, classes = [], []
+    imports, classes = ["import llmcomp.ops  # the operators of llmcomp"], []
     for name, module in _graph_modules(gm, "Graph"):
         code = module.graph.python_code("self", verbose=True)
-        imports += [line for key, value in code.globals.items() if (line := _import(key, value))]
-        classes.append(_class(name, module, code.src))
+        used = {key: value for key, value in code.globals.items() if re.search(rf"\b{key}\b", code.src)}
+        imports += [line for key, value in used.items() if (line := _import(key, value))]
+        classes.append(_class(name, module, code.src.strip()))
     inputs = "\n".join(f"        {_literal(n.meta.get('val'))},  # {n.name}" for n in _placeholders(gm))
     return _FILE.format(
         title=title,
@@ -130,11 +135,8 @@ def runnable(gm: GraphModule, title: str) -> str:
 _FILE = '''"""llmcomp: {title}. Run this file to execute the graph on random inputs."""
 
 import torch
-from torch import device, inf, nan  # noqa: F401
-
-import llmcomp.ops  # noqa: F401, the operators of llmcomp
-from llmcomp.debug import random_tensor
 {imports}
+from llmcomp.debug import random_tensor
 
 
 {classes}
@@ -179,8 +181,10 @@ def _class(name: str, gm: GraphModule, forward: str) -> str:
 
 def _import(name: str, value: object) -> str:
     """The import that gives `value` its `name` in a graph's code; empty where the file has it already."""
-    if name in ("torch", "device", "inf", "nan"):
+    if name == "torch":
         return ""
+    if name in ("device", "inf", "nan"):
+        return f"from torch import {name}"
     if isinstance(value, ModuleType):
         return f"import {value.__name__} as {name}"
     if value is type(None):

@@ -16,6 +16,7 @@ class ReferenceProgram:
     def __init__(self, gm: GraphModule, reason: str) -> None:
         """`reason` tells the report why nothing was generated."""
         self._run = gm.forward
+        self.source = gm.code
         calls = (n for n in gm.graph.nodes if n.op == "call_function")
         externs = tuple(ExternReport(str(n.target), n.name, reason) for n in calls)
         self.report = ProgramReport("reference", externs=externs)

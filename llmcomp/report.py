@@ -1,7 +1,7 @@
 """What a compilation did, as values: filled by the compiler, printed by llmcomp.explain.
 
-`program.compile_graph` returns a callable whose attribute `report` is a ProgramReport. Costs are of one call,
-counted at the sizes of the example inputs (the hints of symbolic sizes):
+A Program carries its ProgramReport; a GraphReport adds what the passes did. Costs are of one call, counted at
+the sizes of the example inputs (the hints of symbolic sizes):
 
     bytes         read from and written to memory once each; a weight that is read twice counts twice
     weight_bytes  the part of `bytes` that reads parameters
@@ -10,6 +10,7 @@ counted at the sizes of the example inputs (the hints of symbolic sizes):
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from llmcomp.passes.base import PassResult
 
@@ -57,6 +58,15 @@ class ProgramReport:
     stages: tuple[StageTime, ...] = ()
     built: int = 0  # kernels that were compiled
     cached: int = 0  # kernels that were found on disk
+
+
+class Program(Protocol):
+    """A compiled graph: flat inputs in, the tuple of flat outputs out."""
+
+    report: ProgramReport
+    source: str  # of the host code that launches the kernels
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]: ...
 
 
 @dataclass(frozen=True)

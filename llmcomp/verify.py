@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from llmcomp.errors import VerifyError
 from llmcomp.passes.base import Pass, PassResult
-from llmcomp.report import ProgramReport
+from llmcomp.report import Program
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,13 +55,11 @@ def _snapshot(gm: GraphModule) -> GraphModule:
 class VerifiedProgram:
     """A program that checks its stages and itself on its first call."""
 
-    def __init__(
-        self, program: Callable[..., tuple[Any, ...]], stages: Sequence[Stage], report: ProgramReport
-    ):
+    def __init__(self, program: Program, stages: Sequence[Stage]) -> None:
         self._program = program
         self._stages = list(stages)
         self._lock = threading.Lock()
-        self.report = report
+        self.report, self.source = program.report, program.source
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         with self._lock:
