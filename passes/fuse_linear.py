@@ -8,7 +8,7 @@ Nodes are labelled, not rewritten. Each step asks `fits` whether the grown regio
 refuses is reported with the reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.fx import Graph, Node
@@ -73,38 +73,45 @@ def fuse_epilogue(fits: Fits) -> Pass:
 
 def _grow(groups: Groups, label: Label, fits: Fits, report: Report) -> None:
     refused: dict[Node, str] = {}
-    while True:
-        candidates = _readers(groups, label)
-        taken = next(
-            (n for n in candidates if n not in refused and _takes(groups, label, n, fits, refused)), None
-        )
-        if taken is None:
-            break
-        label = groups.extend(label, [taken])
+    while taken := _next(groups, label, fits, refused):
+        label = groups.extend(label, taken)
         refused.clear()
-        report.rewrites += 1
+        report.rewrites += len(taken)
     for node, reason in refused.items():
         report.miss(node, reason)
 
 
+def _next(groups: Groups, label: Label, fits: Fits, refused: dict[Node, str]) -> list[Node]:
+    """The next nodes to take: one, or one with a reader of it where only both together fit.
+
+    silu(gate) * up of one linear layer is such a pair: after silu alone, half of the result would be stored.
+    """
+    for node in _readers(groups, label):
+        reason = _refusal(groups, label, [node], fits)
+        if reason is None:
+            return [node]
+        refused[node] = reason
+        for reader in sorted(_free(groups, groups.readers(node)), key=groups.position.__getitem__):
+            if _refusal(groups, label, [node, reader], fits) is None:
+                return [node, reader]
+    return []
+
+
 def _readers(groups: Groups, label: Label) -> list[Node]:
-    found = {
-        r
-        for n in groups.members[label]
-        for r in groups.readers(n)
-        if r.op == "call_function" and groups.label(r) is None
-    }
+    found = {r for n in groups.members[label] for r in _free(groups, groups.readers(n))}
     return sorted(found, key=groups.position.__getitem__)
 
 
-def _takes(groups: Groups, label: Label, node: Node, fits: Fits, refused: dict[Node, str]) -> bool:
-    grown = [*groups.members[label], node]
+def _free(groups: Groups, nodes: Iterable[Node]) -> set[Node]:
+    return {n for n in nodes if n.op == "call_function" and groups.label(n) is None}
+
+
+def _refusal(groups: Groups, label: Label, nodes: list[Node], fits: Fits) -> str | None:
+    grown = [*groups.members[label], *nodes]
     reason = fits(groups.region("contract", grown), groups.inlined)
     if reason is None and not groups.acyclic(grown):
-        reason = "it waits for something that needs this kernel"
-    if reason is not None:
-        refused[node] = reason
-    return reason is None
+        return "it waits for something that needs this kernel"
+    return reason
 
 
 def fuse_prologue(fits: Fits, rows: Callable[[Node], int], most_rows: int) -> Pass:
