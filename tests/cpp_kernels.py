@@ -7,7 +7,7 @@ from pathlib import Path
 import sympy
 import torch
 
-from llmcomp.codegen.build import Cache, Source, build
+from llmcomp.codegen.build import Cache, Compiler, Source, build
 from llmcomp.codegen.cpp import render
 from llmcomp.codegen.kernel import Kernel
 
@@ -25,10 +25,12 @@ def size(name: str) -> sympy.Symbol:
 class Library:
     """Kernels compiled as one translation unit: a compiler run is the expensive part of a test."""
 
-    def __init__(self, kernels: Sequence[Kernel | Source], folder: Path) -> None:
+    def __init__(
+        self, kernels: Sequence[Kernel | Source], folder: Path, compiler: Compiler | None = None
+    ) -> None:
         sources = [k if isinstance(k, Source) else render(k) for k in kernels]
         whole = Source(sources[0].name, "cpp", "\n".join(s.text for s in sources))
-        (self.built,) = build([whole], Cache(folder))
+        (self.built,) = build([whole], Cache(folder), compiler)
         self.library = ctypes.CDLL(str(self.built.path))
 
     def call(

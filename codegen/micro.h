@@ -1,0 +1,326 @@
+// Products of small tiles in vector registers: what the C++ kernels of Contract and Attend are built on.
+//
+//   dots      out[c][r] = sum_k w[r][k] * x[c][k]      vectors along k: few operand rows, weights streamed once
+//   outer     out[r][c] += sum_k a[r][k] * b[k][c]     vectors along c: many operand rows, one factor broadcast
+//   columns   out[m][n] = sum_k x[m][k] * w[k][n]      vectors along n: weights stored (K, N)
+//
+// Everything is written with the compiler's vector types, so the same text serves AVX-512, AVX2, SSE and NEON; the two
+// instructions that those types cannot say (products of bf16 pairs, half to float) have a portable twin next to them.
+#pragma once
+#include "prelude.h"
+
+namespace micro {
+
+#if defined(__AVX512F__)
+constexpr int64_t W = 16;  // floats in a vector
+constexpr int64_t FEW = 8;  // operand rows that `dots` takes at most: their accumulators fit the registers
+#elif defined(__AVX__)
+constexpr int64_t W = 8;
+constexpr int64_t FEW = 2;
+#else
+constexpr int64_t W = 4;
+constexpr int64_t FEW = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef float Quad __attribute__((vector_size(16)));
+
+// ---- vectors ----------------------------------------------------------------------------------------------------
+
+template <typename V, typename T>
+INLINE V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <typename V, typename T>
+INLINE void store(T* p, V v) {
+    __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// The first `count` elements, zeros behind them.
+template <typename V, typename T>
+INLINE V load_part(const T* p, int64_t count) {
+    V v = {};
+    __builtin_memcpy(&v, p, count * sizeof(T));
+    return v;
+}
+
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+    Vec r;
+    for (int64_t i = 0; i < W; ++i) r[i] = op::fma(a[i], b[i], c[i]);
+    return r;
+}
+
+INLINE Vec splat(float x) { return Vec{} + x; }
+
+// ---- sums of the lanes of four vectors ----------------------------------------------------------------------------
+
+INLINE Quad fold(Vec v) {
+    Quad parts[W / 4];
+    __builtin_memcpy(parts, &v, sizeof(v));
+    if constexpr (W == 4) return parts[0];
+    else if constexpr (W == 8) return parts[0] + parts[1];
+    else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+INLINE Quad sums(Vec a, Vec b, Vec c, Vec d) {
+    const Quad qa = fold(a), qb = fold(b), qc = fold(c), qd = fold(d);
+    const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
+    const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+INLINE float sum(Vec v) {
+    const Quad q = fold(v);
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+// ---- widening -------------------------------------------------------------------------------------------------------
+
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+INLINE Vec widen(const float* p) { return load<Vec>(p); }
+
+INLINE Vec widen(const bf16* p) {
+    return Vec(__builtin_convertvector(load<Halves>(p), Bits) << 16);
+}
+
+#if defined(__F16C__)
+INLINE Vec widen(const f16* p) {
+    Vec v;
+    const Halves h = load<Halves>(p);
+    __asm__("vcvtph2ps %1, %0" : "=v"(v) : "v"(h));
+    return v;
+}
+#else
+INLINE Vec widen(const f16* p) {
+    Vec v;
+    for (int64_t i = 0; i < W; ++i) v[i] = p[i];
+    return v;
+}
+#endif
+
+// The first `count` elements widened, zeros behind them.
+template <typename T>
+INLINE Vec widen_part(const T* p, int64_t count) {
+    T part[W] = {};
+    __builtin_memcpy(part, p, count * sizeof(T));
+    return widen(part);
+}
+
+template <typename T>
+INLINE void widen_row(float* to, const T* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(to + i, widen(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
+// ---- formats --------------------------------------------------------------------------------------------------------
+// How elements of a weight row meet the operand. `dots` reads STEP weights at once as `Raw`; the operand is packed so
+// that `product` finds its STEP values behind one pointer. `outer` broadcasts GROUP neighbours along k as `Factor`.
+
+// Widened to float one by one: float and f16.
+template <typename T>
+struct Singles {
+    typedef T Weight;
+    typedef float Packed;
+    typedef Vec Raw;
+    static constexpr int64_t STEP = W, GROUP = 1;
+
+    INLINE Raw read(const T* p) { return widen(p); }
+    INLINE Raw read_part(const T* p, int64_t count) { return widen_part(p, count); }
+    INLINE Vec product(Raw w, const float* x, Vec acc) { return fma(w, load<Vec>(x), acc); }
+    INLINE void pack(float* to, const float* from) { store(to, load<Vec>(from)); }
+
+    INLINE Vec broadcast(const float* p) { return splat(*p); }
+    INLINE Vec broadcast_part(const float* p) { return splat(*p); }
+    INLINE Vec outer_product(Vec a, const float* b, Vec acc) { return fma(a, load<Vec>(b), acc); }
+};
+
+// bf16 as 32-bit lanes: the even element is the low half, the odd one the high half, each a float after one instruction.
+struct Split : Singles<float> {
+    typedef bf16 Weight;
+    typedef Bits Raw;
+    static constexpr int64_t STEP = 2 * W;
+
+    INLINE Raw read(const bf16* p) { return load<Bits>(p); }
+    INLINE Raw read_part(const bf16* p, int64_t count) { return load_part<Bits>(p, count); }
+    INLINE Vec product(Raw w, const float* x, Vec acc) {
+        acc = fma(Vec(w << 16), load<Vec>(x), acc);
+        return fma(Vec(w & 0xffff0000u), load<Vec>(x + W), acc);
+    }
+    INLINE void pack(float* to, const float* from) {
+        for (int64_t i = 0; i < W; ++i) to[i] = from[2 * i], to[W + i] = from[2 * i + 1];
+    }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 times bf16, two neighbours at a time, added up in float by one instruction.
+struct Pairs {
+    typedef bf16 Weight;
+    typedef bf16 Packed;
+    typedef Bits Raw;
+    static constexpr int64_t STEP = 2 * W, GROUP = 2;
+
+    INLINE Vec dot(Bits a, Bits b, Vec acc) {
+        __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+        return acc;
+    }
+    INLINE Raw read(const bf16* p) { return load<Bits>(p); }
+    INLINE Raw read_part(const bf16* p, int64_t count) { return load_part<Bits>(p, count); }
+    INLINE Vec product(Raw w, const bf16* x, Vec acc) { return dot(w, load<Bits>(x), acc); }
+    INLINE void pack(bf16* to, const float* from) {
+        for (int64_t i = 0; i < STEP; ++i) to[i] = from[i];
+    }
+
+    INLINE Bits broadcast(const bf16* p) { return Bits{} + load<uint32_t>(p); }
+    INLINE Bits broadcast_part(const bf16* p) { return Bits{} + uint32_t(p->bits); }
+    INLINE Vec outer_product(Bits a, const bf16* b, Vec acc) { return dot(a, load<Bits>(b), acc); }
+};
+#endif
+
+// The format for weights of type `Weight` and an operand that the graph holds as `Operand`.
+template <typename Weight, typename Operand>
+struct Choose {
+    typedef Singles<Weight> Format;
+};
+template <typename Operand>
+struct Choose<bf16, Operand> {
+    typedef Split Format;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Choose<bf16, bf16> {
+    typedef Pairs Format;
+};
+#endif
+template <typename Weight, typename Operand>
+using Format = typename Choose<Weight, Operand>::Format;
+
+// ---- dots -----------------------------------------------------------------------------------------------------------
+
+// One step along k: R weight vectors times C operand vectors.
+template <typename F, int64_t R, int64_t C>
+INLINE void multiply(Vec (&acc)[R][C], const typename F::Raw (&w)[R], const typename F::Packed* x) {
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < C; ++c)
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < R; ++r) acc[r][c] = F::product(w[r], x + c * F::STEP, acc[r][c]);
+}
+
+template <typename F, int64_t R, int64_t C>
+INLINE void multiply_step(
+    Vec (&acc)[R][C], const typename F::Weight* w, int64_t ld, const typename F::Packed* x, int64_t step
+) {
+    typename F::Raw raw[R];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < R; ++r) raw[r] = F::read(w + r * ld + step * F::STEP);
+    multiply<F, R, C>(acc, raw, x + step * C * F::STEP);
+}
+
+// R rows of weights times C rows of the operand, x packed as [step][C][STEP]; R is 4 or 1.
+//
+// Meanwhile the R rows at `next` are fetched into the second-level cache, one row after the other: memory is read in
+// one stream although the registers work on R rows, which is worth a third of the bandwidth.
+template <typename F, int64_t R, int64_t C>
+void dots(
+    float* out, int64_t ldo, const typename F::Weight* w, int64_t ld, const typename F::Packed* x, int64_t depth,
+    const typename F::Weight* next
+) {
+    constexpr int64_t U = C == 1 ? 2 : 1;  // a single operand row needs twice as many independent sums
+    constexpr int64_t BYTES = R * U * F::STEP * sizeof(*w);
+    Vec acc[U][R][C] = {};
+    const int64_t steps = depth / F::STEP;
+    int64_t s = 0;
+    for (int64_t part = 0; part < R; ++part) {
+        const char* line = (const char*)(next + part * ld);
+        for (const int64_t stop = steps * (part + 1) / R; s + U <= stop; s += U, line += BYTES) {
+            if constexpr (R > 1)
+                for (int64_t b = 0; b < BYTES; b += 64) __builtin_prefetch(line + b, 0, 2);
+#pragma GCC unroll 2
+            for (int64_t u = 0; u < U; ++u) multiply_step<F>(acc[u], w, ld, x, s + u);
+        }
+    }
+    for (; s < steps; ++s) multiply_step<F>(acc[0], w, ld, x, s);
+    if (const int64_t rest = depth % F::STEP) {
+        typename F::Raw raw[R];
+        for (int64_t r = 0; r < R; ++r) raw[r] = F::read_part(w + r * ld + s * F::STEP, rest);
+        multiply<F, R, C>(acc[0], raw, x + s * C * F::STEP);
+    }
+    for (int64_t c = 0; c < C; ++c) {
+        for (int64_t r = 0; r < R && U == 2; ++r) acc[0][r][c] += acc[U - 1][r][c];
+        if constexpr (R == 4) store(out + c * ldo, sums(acc[0][0][c], acc[0][1][c], acc[0][2][c], acc[0][3][c]));
+        else out[c * ldo] = sum(acc[0][0][c]);
+    }
+}
+
+// ---- outer ----------------------------------------------------------------------------------------------------------
+
+// out[r][c] += sum_k a[r][k] b[k][c] for R rows and V vectors of columns; b is packed as [k / GROUP][c][GROUP] with
+// `ldb` elements from one group to the next.
+template <typename F, int64_t R, int64_t V, typename Factor>
+void outer(
+    float* out, int64_t ldo, const Factor* a, int64_t lda, const typename F::Packed* b, int64_t ldb, int64_t depth
+) {
+    Vec acc[R][V];
+    for (int64_t r = 0; r < R; ++r)
+        for (int64_t v = 0; v < V; ++v) acc[r][v] = load<Vec>(out + r * ldo + v * W);
+    int64_t k = 0;
+    for (; k + F::GROUP <= depth; k += F::GROUP, b += ldb)
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < R; ++r) {
+            const auto factor = F::broadcast(a + r * lda + k);
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < V; ++v)
+                acc[r][v] = F::outer_product(factor, b + v * W * F::GROUP, acc[r][v]);
+        }
+    if (k < depth)
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t v = 0; v < V; ++v)
+                acc[r][v] = F::outer_product(F::broadcast_part(a + r * lda + k), b + v * W * F::GROUP, acc[r][v]);
+    for (int64_t r = 0; r < R; ++r)
+        for (int64_t v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
+}
+
+// ---- columns --------------------------------------------------------------------------------------------------------
+
+// out[m][n] += x[m][0..K) w[0..K)[n] for a few values of k and `count` rows m. Meanwhile the next K rows of weights are
+// fetched into the second-level cache.
+template <int64_t K, typename T>
+void columns_step(
+    float* out, int64_t ldo, const float* x, int64_t ldx, int64_t count, const T* w, int64_t ld, int64_t width
+) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t n = 0; n < width; n += W) {
+        Vec wide[K];
+        const bool whole = n + W <= width;
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < K; ++k) {
+            wide[k] = whole ? widen(w + k * ld + n) : widen_part(w + k * ld + n, width - n);
+            if (n % LINE == 0) __builtin_prefetch(w + (K + k) * ld + n, 0, 2);
+        }
+        for (int64_t m = 0; m < count; ++m) {
+            Vec acc = load<Vec>(out + m * ldo + n);
+#pragma GCC unroll 8
+            for (int64_t k = 0; k < K; ++k) acc = fma(wide[k], splat(x[m * ldx + k]), acc);
+            store(out + m * ldo + n, acc);
+        }
+    }
+}
+
+// out[m][n] = sum_k x[m][k] w[k][n]; `ldo` is a multiple of W and at least `width`.
+template <typename T>
+void columns(
+    float* out, int64_t ldo, const float* x, int64_t ldx, int64_t count, const T* w, int64_t ld, int64_t width,
+    int64_t depth
+) {
+    __builtin_memset(out, 0, count * ldo * sizeof(float));
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8) columns_step<8>(out, ldo, x + k, ldx, count, w + k * ld, ld, width);
+    for (; k < depth; ++k) columns_step<1>(out, ldo, x + k, ldx, count, w + k * ld, ld, width);
+}
+
+}  // namespace micro
