@@ -4,6 +4,7 @@ Map and Rows are printed here, Contract and Attend by cpp_contract.py and cpp_at
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
@@ -22,16 +23,29 @@ from llmcomp.codegen.cpp_body import (
 )
 from llmcomp.codegen.cpp_expr import index
 from llmcomp.codegen.cpp_function import count, item_loop, kernel_function, merge_axes
-from llmcomp.codegen.kernel import Axis, Body, Kernel, Map, Rows, Store, vectors
+from llmcomp.codegen.kernel import OPERATIONS, Axis, Body, Kernel, Map, Rows, Store, vectors
 
 # A Map splits its last axis in pieces of this many elements, so that few long rows still keep all threads
 # busy.
 PIECE = 4096
+# The point of a Map without axes.
 POINT = Axis(sympy.Symbol("i0", integer=True, nonnegative=True), sympy.Integer(1))
+
+KEYWORDS = frozenset(
+    """alignas alignof and asm auto bf16 bitand bitor bool break case catch char class compl const
+    constexpr continue decltype default delete do double else enum explicit export extern f16 false
+    float for friend goto if inline int long main mutable namespace new noexcept not nullptr op operator
+    or private protected public register return short signed sizeof static struct switch template this
+    throw true try typedef typeid typename union unsigned using virtual void volatile while xor""".split()
+)
 
 
 def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
-    """The C++ source of `kernel`; `comment` names the graph nodes that it computes."""
+    """The C++ source of `kernel`; `comment` names the graph nodes that it computes.
+
+    The exported symbol, `Source.name`, is the kernel's name unless that means something else in C++.
+    """
+    kernel = replace(kernel, name=symbol(kernel.name))
     match kernel:
         case Map():
             text = render_map(kernel)
@@ -40,6 +54,11 @@ def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
         case _:
             raise NotImplementedError(f"no C++ printer for {type(kernel).__name__}")
     return Source(kernel.name, "cpp", text, tuple(comment))
+
+
+def symbol(name: str) -> str:
+    """A name that is no keyword and no function of the C library: a kernel `cos` would be called for cosine."""
+    return f"{name}_kernel" if name in KEYWORDS or name in OPERATIONS else name
 
 
 def render_map(kernel: Map) -> str:
