@@ -1,0 +1,346 @@
+"""Attention, whole or written out, becomes one node.
+
+    scaled_dot_product_attention(q, k, v, mask, scale=s)       ->  llmcomp.attention(q, k, v, mask, scale=s)
+    softmax(q @ k.T * s + where(causal, 0, finfo.min)) @ v     ->  llmcomp.attention(q, k, v, scale=s, causal)
+    softmax(cat([scores, sinks]))[..., :-1] @ v                ->  llmcomp.attention(q, k, v, sinks=sinks)
+    attention(q, repeat_heads(k), repeat_heads(v))             ->  attention(q, k, v)
+
+`attention_scores` reads what happens between the product and the softmax, `attention_operands` what is
+multiplied, and `recognize_mask` which changes of the scores are structure. The node computes in float32
+inside: the roundings that eager does in between do not happen.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch.fx import Graph, Node
+
+from llmcomp.graph import Size, argument, insert, same_shape, same_size, val
+from llmcomp.passes.attention_operands import VIEWS, Operand, read_operand
+from llmcomp.passes.attention_scores import COPIES, RULES, Scores, read_scores, split_change
+from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.layout import adopt
+from llmcomp.passes.match import is_last_axis, operands
+from llmcomp.passes.recognize_mask import Added, Change, Hidden, MaskWriter, Shape
+from llmcomp.passes.sizes import size_node
+
+aten = torch.ops.aten
+
+
+class Miss(Exception):
+    """Why something that looks like attention was left alone."""
+
+
+def _run(graph: Graph, report: Report) -> None:
+    masks = MaskWriter(graph)
+    for target, rewrite in (
+        (aten.scaled_dot_product_attention.default, _whole),
+        (aten._softmax.default, _written),
+    ):
+        for node in graph.find_nodes(op="call_function", target=target):
+            try:
+                report.rewrites += rewrite(node, masks)
+            except Miss as miss:
+                report.miss(node, str(miss))
+
+
+RECOGNIZE_ATTENTION = Pass("recognize_attention", _run, needs=frozenset({SHAPES}))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What llmcomp::attention is given: q, k and v are (batch, heads, positions, channels)."""
+
+    q: Node
+    k: Node
+    v: Node
+    scale: float
+    changes: tuple[Change, ...] = ()
+    causal: bool = False
+    cap: float = 0.0
+    sinks: Node | None = None
+
+
+def _write(attention: Attention, masks: MaskWriter) -> Node:
+    """The call, at the graph's insertion point."""
+    q, k, v = attention.q, attention.k, attention.v
+    batch, heads, queries, _ = val(q).shape
+    mask = masks.write(attention.changes, Shape(batch, heads, queries, val(k).shape[2]), attention.causal)
+    structure = (mask.causal, mask.offset, mask.window)
+    target = torch.ops.llmcomp.attention.default
+    return insert(
+        q.graph, target, q, k, v, mask.mask, attention.sinks, attention.scale, *structure, attention.cap
+    )
+
+
+# ---- whole
+
+
+def _whole(node: Node, masks: MaskWriter) -> int:
+    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    rank = val(node).dim()
+    _check_whole(node, q, k, v)
+    with node.graph.inserting_before(node):
+        q, k, v = (_to_rank_4(t) for t in (q, k, v))
+        k, v = _shared(q, k, v)
+        given = argument(node, "attn_mask")
+        attention = Attention(q, k, v, _scale(node, q), _change(given), bool(argument(node, "is_causal")))
+        new = _write(attention, masks)
+        for _ in range(4 - rank):
+            new = insert(node.graph, aten.squeeze.dim, new, 0)
+    adopt(node, new)
+    return 1
+
+
+def _check_whole(node: Node, q: Node, k: Node, v: Node) -> None:
+    if argument(node, "dropout_p"):
+        raise Miss("dropout")
+    if argument(node, "is_causal") and argument(node, "attn_mask") is not None:
+        raise Miss("both a mask and is_causal")
+    if not 2 <= val(q).dim() <= 4 or val(k).dim() != val(q).dim() or val(v).dim() != val(q).dim():
+        raise Miss(f"query of {val(q).dim()} axes")
+    if not same_shape(val(q).shape[:-3], val(k).shape[:-3]) or not same_shape(
+        val(k).shape[:-2], val(v).shape[:-2]
+    ):
+        raise Miss("batches or heads that are broadcast")
+    if not val(q).dtype.is_floating_point:
+        raise Miss(f"dtype {val(q).dtype}")
+
+
+def _to_rank_4(node: Node) -> Node:
+    while val(node).dim() < 4:
+        node = insert(node.graph, aten.unsqueeze.default, node, 0)
+    return node
+
+
+def _shared(q: Node, k: Node, v: Node) -> tuple[Node, Node]:
+    """Keys and values without repeated heads, if both repeat theirs alike."""
+    batch, heads, *_ = val(q).shape
+    keys, values = (read_operand(t, batch, heads, val(t).dtype, share=True) for t in (k, v))
+    if keys.factor == values.factor == 1 and same_size(val(keys.node).shape[1], val(values.node).shape[1]):
+        return keys.node, values.node
+    return k, v
+
+
+def _scale(node: Node, q: Node) -> float:
+    scale = argument(node, "scale")
+    if isinstance(scale, int | float):
+        return float(scale)
+    channels = val(q).shape[3]
+    if scale is not None or not isinstance(channels, int):
+        raise Miss("a scale that depends on the input")
+    return 1 / sqrt(channels)
+
+
+def _change(mask: object) -> tuple[Change, ...]:
+    if not isinstance(mask, Node):
+        return ()
+    return (Hidden(mask, False, -torch.inf) if val(mask).dtype == torch.bool else Added(mask),)
+
+
+# ---- written out
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A softmax, and the nodes from it to the product that reads it."""
+
+    path: tuple[Node, ...]
+    product: Node
+
+
+def _written(node: Node, masks: MaskWriter) -> int:
+    if argument(node, "dim") not in (-1, val(node).dim() - 1):
+        return 0
+    logits, sinks, joining = _logits(node)
+    weights = _follow(node, sinks is not None)
+    if weights is None:
+        return 0
+    with node.graph.inserting_before(weights.product):
+        scores = read_scores(logits)
+        if scores is None:
+            return _blocked(logits)
+        _check_alone((*scores.path, *joining), weights)
+        attention = _attention(scores, node, weights, sinks)
+        new = _write(attention, masks)
+        _place(new, weights.product)
+    return 1
+
+
+def _logits(softmax: Node) -> tuple[Node, Node | None, tuple[Node, ...]]:
+    """(scores, sinks, nodes that join the two): what a softmax is taken of."""
+    top = softmax.args[0]
+    assert isinstance(top, Node)
+    whole, joining = _unshifted(top)
+    parts = whole.args[0] if whole.target is aten.cat.default else None
+    if isinstance(parts, list | tuple) and len(parts) == 2 and val(whole).dim() == 4:
+        scores, last = parts
+        assert isinstance(scores, Node) and isinstance(last, Node)
+        if (sinks := _per_head(last, val(whole).shape[1])) is not None:
+            return scores, sinks, (whole, *joining)
+    return whole, None, joining
+
+
+def _unshifted(node: Node) -> tuple[Node, tuple[Node, ...]]:
+    """x for x - max(x), which a softmax cannot tell from x, and the nodes of the difference."""
+    pair = operands(node, aten.sub.Tensor)
+    if pair is None:
+        return node, ()
+    source, largest = pair
+    reduction = largest.args[0] if largest.target is operator.getitem and largest.args[1] == 0 else largest
+    assert isinstance(reduction, Node)
+    if reduction.target not in (aten.amax.default, aten.max.dim) or reduction.args[0] is not source:
+        return node, ()
+    if not is_last_axis(argument(reduction, "dim"), source) or not argument(reduction, "keepdim"):
+        return node, ()
+    return source, (node, largest, reduction)
+
+
+def _per_head(node: Node, heads: Size) -> Node | None:
+    """The vector (heads,) that a node (B, heads, S, 1) repeats."""
+    if not same_size(val(node).shape[3], 1):
+        return None
+    while node.target in COPIES and val(node).dim() == 4:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    if same_shape(val(node).shape, (heads,)):
+        return node
+    return None
+
+
+def _follow(softmax: Node, sinks: bool) -> Weights | None:
+    """The product that reads the attention weights, or None where there is none.
+
+    Raises:
+        Miss: it is not the only one to read them.
+    """
+    path, node = [softmax], softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.bmm.default, aten.mm.default) and user.args[0] is node:
+            return Weights(tuple(path), user)
+        if not (_keeps_rows(user, node) or sinks and _drops_last(user, node)):
+            return None
+        path.append(user)
+        node = user
+    if any(u.target is aten.bmm.default for u in _readers(node)):
+        raise Miss("the attention weights are used elsewhere")
+    return None
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        if user.target in COPIES:
+            yield from _readers(user)
+        yield user
+
+
+def _keeps_rows(user: Node, node: Node) -> bool:
+    """Whether a node copies the weights, or merges axes before the last two."""
+    return user.target in COPIES and same_shape(val(user).shape[-2:], val(node).shape[-2:])
+
+
+def _drops_last(user: Node, node: Node) -> bool:
+    """weights[..., :-1]"""
+    if user.target is not aten.slice.Tensor:
+        return False
+    shape, last = val(node).shape, len(val(node).shape) - 1
+    kept = same_size(val(user).shape[last], shape[last] - 1)
+    return kept and int(argument(user, "dim")) % len(shape) == last and not argument(user, "start")  # type: ignore[arg-type]
+
+
+def _blocked(logits: Node) -> int:
+    """Nothing was rewritten: say what stands between the product and the softmax, if there is a product."""
+    node: Node | None = logits
+    while node is not None and node.target in RULES:
+        node = next((n for n in node.all_input_nodes if same_shape(val(n).shape, val(node).shape)), None)
+    if node is not None and any(n.target is aten.bmm.default for n in node.all_input_nodes):
+        raise Miss(f"{node.name} is between the product and the softmax")
+    return 0
+
+
+def _check_alone(path: tuple[Node, ...], weights: Weights) -> None:
+    inside = {*path, *weights.path, weights.product}
+    for node in inside - {weights.product}:
+        if outside := [user for user in node.users if user not in inside]:
+            kind = "attention weights" if node in weights.path else "scores"
+            raise Miss(f"the {kind} {node.name} are used elsewhere, by {outside[0].name}")
+
+
+def _attention(scores: Scores, softmax: Node, weights: Weights, sinks: Node | None) -> Attention:
+    values = weights.product.args[1]
+    assert isinstance(values, Node)
+    batch, heads = _batch_and_heads(scores, softmax)
+    dtype = val(weights.product).dtype
+    for share in (True, False):
+        q = read_operand(scores.q, batch, heads, dtype)
+        k = read_operand(scores.k, batch, heads, dtype, swapped=True, share=share)
+        v = read_operand(values, batch, heads, dtype, share=share)
+        if same_shape(val(k.node).shape[:3], val(v.node).shape[:3]):
+            break
+    nodes = _of_one_dtype(q.node, k.node, _scaled(v), dtype)
+    changes = scores.changes
+    if val(softmax).dim() == 3:
+        changes = tuple(split_change(c, batch, heads) for c in changes)
+    inner = scores.scale * q.factor * k.factor
+    scale, cap = (inner, 0.0) if scores.cap is None else (inner * scores.cap, scores.cap)
+    return Attention(*nodes, scale, changes, cap=cap, sinks=sinks)
+
+
+def _batch_and_heads(scores: Scores, softmax: Node) -> tuple[Size, Size]:
+    shape = val(softmax).shape
+    if len(shape) == 4:
+        return shape[0], shape[1]
+    if len(shape) == 2:
+        return 1, 1
+    merged = scores.q.args[0] if scores.q.target in VIEWS else scores.q
+    assert isinstance(merged, Node)
+    outer = val(merged).shape
+    if len(outer) == 4 and same_size(outer[0] * outer[1], shape[0]):
+        return outer[0], outer[1]
+    return 1, shape[0]
+
+
+def _scaled(operand: Operand) -> Node:
+    node = operand.node
+    return node if operand.factor == 1.0 else insert(node.graph, aten.mul.Tensor, node, operand.factor)
+
+
+def _of_one_dtype(q: Node, k: Node, v: Node, dtype: torch.dtype) -> tuple[Node, Node, Node]:
+    """The operands in `dtype`, or all in float32 where one of them is not."""
+    if all(val(n).dtype == dtype for n in (q, k, v)):
+        return q, k, v
+    q, k, v = (_cast(n, torch.float32) for n in (q, k, v))
+    return q, k, v
+
+
+def _cast(node: Node, dtype: torch.dtype) -> Node:
+    return node if val(node).dtype == dtype else insert(node.graph, aten._to_copy.default, node, dtype=dtype)
+
+
+def _place(new: Node, product: Node) -> None:
+    """Let the readers of the product with the values, merged or with heads apart, read `new`."""
+    new = _cast(new, val(product).dtype)
+    for user in list(product.users):
+        if user.target in VIEWS and same_shape(val(user).shape, val(new).shape):
+            adopt(user, new)
+    if product.users:
+        adopt(product, _merged(new, val(product).dim()))
+
+
+def _merged(node: Node, rank: int) -> Node:
+    """(B, H, S, D) as (B * H, S, D), or as (S, D) of the only head."""
+    while val(node).dim() > rank and same_size(val(node).shape[0], 1):
+        node = insert(node.graph, aten.squeeze.dim, node, 0)
+    if val(node).dim() == rank:
+        return node
+    node = insert(node.graph, aten.clone.default, node, memory_format=torch.contiguous_format)
+    batch, heads, *rest = val(node).shape
+    sizes = [size_node(node.graph, n) for n in (batch * heads, *rest)]
+    return insert(node.graph, aten.view.default, node, sizes)
