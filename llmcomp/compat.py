@@ -7,7 +7,7 @@ up when they are used, so importing this module is cheap and a name that moved g
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -116,6 +116,15 @@ def static_inputs() -> frozenset[int]:
     context = private("torch._guards", "TracingContext", "knows which inputs are parameters").try_get()
     metadata = None if context is None else context.fw_metadata
     return frozenset() if metadata is None else frozenset(metadata.static_input_indices)
+
+
+def real_tensors() -> AbstractContextManager[None]:
+    """Let operators work on real tensors inside, also while AOTAutograd traces with fake ones."""
+    disable = private(
+        "torch.utils._python_dispatch", "_disable_current_modes", "suspends fake tensors and tracing"
+    )
+    context: AbstractContextManager[None] = disable()
+    return context
 
 
 def raise_default_recompile_limit(limit: int) -> None:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 import llmcomp.backend
@@ -135,6 +136,14 @@ def test_bisector_tries_us_before_inductor():
     finally:
         BACKENDS.clear()
         BACKENDS.update(before)
+
+
+def test_real_tensors_can_be_read_among_fake_ones():
+    real = torch.tensor(-3.0)
+    with FakeTensorMode():
+        with compat.real_tensors():
+            assert real.item() == -3.0
+        assert isinstance(torch.zeros(2), FakeTensor)
 
 
 def test_a_name_that_torch_lost_gives_a_readable_error():
