@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,13 @@ import torch
 
 import llmcomp.backend
 from llmcomp.report import GraphReport
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what tests build out of the user's cache; the next run finds it again."""
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        os.environ.setdefault("LLMCOMP_CACHE", str(cache.mkdir("llmcomp")))
 
 
 @pytest.fixture
