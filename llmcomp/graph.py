@@ -52,6 +52,13 @@ def argument(node: Node, name: str) -> Argument:
     raise KeyError(f"{node.target} has no argument {name}")
 
 
+def source(node: Node, position: int = 0) -> Node:
+    """A positional argument that is a node: by default the first, what an operator works on."""
+    found = node.args[position]
+    assert isinstance(found, Node), f"argument {position} of {node.name} is not a node"
+    return found
+
+
 def only_user(node: Node) -> Node | None:
     """The single node that uses `node`, or None where there is not exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -138,8 +145,7 @@ def is_view(node: Node) -> bool:
     destination).
     """
     if node.target is operator.getitem:
-        source = node.args[0]
-        return isinstance(source, Node) and is_view(source)
+        return is_view(source(node))
     if not isinstance(node.target, OpOverload) or not node.args or not isinstance(node.args[0], Node):
         return False
     if node.target is torch.ops.aten._unsafe_view.default:
@@ -150,9 +156,7 @@ def is_view(node: Node) -> bool:
 def base(node: Node) -> Node:
     """The node whose memory `node` shows: the end of its chain of views."""
     while is_view(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
+        node = source(node)
     return node
 
 

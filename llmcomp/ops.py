@@ -2,8 +2,10 @@
 
 Each is a `torch.library` custom operator with a schema, a fake (shape) function and an eager reference, so
 a graph can be executed after any pass. The references compute in float32 inside and round once, as the
-kernels do; float64 stays float64. Importing this module registers the operators: torch keeps them in one
-table per process, and a graph can name an operator only when it is in there.
+kernels do; float64 stays float64. Results of rms_norm, rope and gated lie in memory as those of elementwise
+operators do, in the order of the first argument; other results are contiguous where nothing else is said.
+Importing this module registers the operators: torch keeps them in one table per process, and a graph can
+name an operator only when it is in there.
 
 Letters in shapes: B batch, H heads, S sequence, D channels of a head, N and K outputs and inputs of a
 linear layer.
@@ -28,6 +30,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 """What `gated` may apply to its gate."""
+
+
+def laid_out_like(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in memory as elementwise operators on `x` leave their results."""
+    return torch.empty_like(x, dtype=value.dtype).copy_(value)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -164,12 +171,12 @@ def rms_norm(
     dtype = dtype or x.dtype
     inside = x.to(wide(x.dtype))
     out = inside * torch.rsqrt(inside.square().mean(-1, keepdim=True) + eps)
-    if weight is None:
-        return out.to(dtype)
     if round_first:
         out = out.to(dtype)
-    factor = weight.to(inside.dtype)
-    return (out * (1 + factor if plus_one else factor)).to(dtype)
+    if weight is not None:
+        factor = weight.to(inside.dtype)
+        out = out * (1 + factor if plus_one else factor)
+    return laid_out_like(x, out.to(dtype))
 
 
 @rms_norm.register_fake
@@ -181,7 +188,7 @@ def _(
     round_first: bool,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+    return torch.empty_like(x, dtype=dtype)
 
 
 @custom_op("llmcomp::layer_norm", mutates_args=())
@@ -218,12 +225,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dt
         first, second = wide_x.chunk(2, dim=-1)
         rotated = torch.cat([-second, first], dim=-1)
     out = wide_x * cos.to(inside) + rotated * sin.to(inside)
-    return out.to(dtype or x.dtype).contiguous()
+    return laid_out_like(x, out.to(dtype or x.dtype))
 
 
 @rope.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+    return torch.empty_like(x, dtype=dtype)
 
 
 @custom_op("llmcomp::gated", mutates_args=())
@@ -232,12 +239,12 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     is.
     """
     inside = wide(gate.dtype)
-    return (ACTIVATIONS[activation](gate.to(inside)) * up.to(inside)).to(gate.dtype).contiguous()
+    return laid_out_like(gate, (ACTIVATIONS[activation](gate.to(inside)) * up.to(inside)).to(gate.dtype))
 
 
 @gated.register_fake
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return torch.empty_like(gate)
 
 
 @custom_op("llmcomp::cache_write_", mutates_args=("cache",))
@@ -253,3 +260,7 @@ def cache_write_(cache: Tensor, value: Tensor, position: Tensor, dim: int) -> No
 @cache_write_.register_fake
 def _(cache: Tensor, value: Tensor, position: Tensor, dim: int) -> None:
     return None
+
+
+OPS = torch.ops.llmcomp
+"""The operators as graphs name them: `OPS.linear.default`."""

@@ -20,7 +20,6 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from llmcomp.graph import (
-    argument,
     base,
     insert,
     is_contiguous,
@@ -30,10 +29,12 @@ from llmcomp.graph import (
     replace,
     same_layout,
     same_size,
+    source,
     val,
 )
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import CANONICAL, SHAPES
+from llmcomp.passes.match import is_cast, uncast
 
 aten = torch.ops.aten
 
@@ -57,21 +58,6 @@ VIEWS = frozenset(
     }
 )
 INPUTS = ("placeholder", "get_attr")
-
-# Each dtype with the dtypes that hold all of its values.
-_FLOATS = {
-    torch.bfloat16: {torch.float32, torch.float64},
-    torch.float16: {torch.float32, torch.float64},
-    torch.float32: {torch.float64},
-}
-_INTEGERS = {
-    torch.bool: {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_FLOATS, torch.float64},
-    torch.uint8: {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64},
-    torch.int8: {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64},
-    torch.int16: {torch.int32, torch.int64, torch.float32, torch.float64},
-    torch.int32: {torch.int64, torch.float64},
-}
-HOLDS = _FLOATS | _INTEGERS
 
 Written = frozenset[Node]
 Rule = Callable[[Node, Written], Node | None]
@@ -100,18 +86,12 @@ def merge_views(node: Node, writes: Written) -> Node | None:
     """view(view(x, a), b) -> view(x, b); _unsafe_view becomes view."""
     if node.target not in (aten.view.default, aten._unsafe_view.default):
         return None
-    source, shape = node.args[:2]
-    assert isinstance(source, Node)
-    start = source
-    while start.target is aten.view.default and is_contiguous(val(start)):
-        before = start.args[0]
-        assert isinstance(before, Node)
-        if not is_contiguous(val(before)):
-            break
-        start = before
-    if start is source and node.target is aten.view.default:
+    start = source(node)
+    while start.target is aten.view.default and is_contiguous(val(source(start))):
+        start = source(start)
+    if start is source(node) and node.target is aten.view.default:
         return None
-    return _before(node, aten.view.default, start, shape)
+    return _before(node, aten.view.default, start, node.args[1])
 
 
 def merge_casts(node: Node, writes: Written) -> Node | None:
@@ -120,46 +100,28 @@ def merge_casts(node: Node, writes: Written) -> Node | None:
         return _before(node, aten._to_copy.default, node.args[0], dtype=node.args[1])
     if not is_cast(node):
         return None
-    inner = node.args[0]
-    assert isinstance(inner, Node)
-    if not is_cast(inner):
-        return None
-    source = inner.args[0]
-    assert isinstance(source, Node)
-    if val(inner).dtype not in HOLDS.get(val(source).dtype, ()):
-        return None
-    return _before(node, aten._to_copy.default, source, dtype=val(node).dtype)
-
-
-def is_cast(node: Node) -> bool:
-    """Whether a node changes the dtype of a tensor and nothing else (or not even that)."""
-    if node.target is not aten._to_copy.default or not is_tensor(node.args[0]):
-        return False
-    out, source = val(node), val(node.args[0])
-    same_place = out.device == source.device and out.layout == source.layout
-    return same_place and argument(node, "memory_format") in (None, torch.preserve_format)
+    x = uncast(source(node))
+    return None if x is source(node) else _before(node, aten._to_copy.default, x, dtype=val(node).dtype)
 
 
 def drop_view(node: Node, writes: Written) -> Node | None:
     """A view that shows the same elements at the same indices as something it was made from."""
-    source = node
-    while source.target in VIEWS:
-        before = source.args[0]
-        assert isinstance(before, Node)
-        source = before
-        if _shows_the_same(node, source) and not _gives_second_result(node, source):
-            return source
+    x = node
+    while x.target in VIEWS:
+        x = source(x)
+        if _shows_the_same(node, x) and not _gives_second_result(node, x):
+            return x
     return None
 
 
-def _shows_the_same(view: Node, source: Node) -> bool:
-    a, b = val(view), val(source)
+def _shows_the_same(view: Node, x: Node) -> bool:
+    a, b = val(view), val(x)
     return same_layout(a, b) and same_size(a.storage_offset(), b.storage_offset())
 
 
-def _gives_second_result(node: Node, source: Node) -> bool:
-    """Whether dropping `node` would return an input, or return `source` twice, as one tensor object."""
-    return _is_result(node) and (source.op in INPUTS or _is_result(source))
+def _gives_second_result(node: Node, x: Node) -> bool:
+    """Whether dropping `node` would return an input, or return `x` twice, as one tensor object."""
+    return _is_result(node) and (x.op in INPUTS or _is_result(x))
 
 
 def _is_result(node: Node) -> bool:
@@ -168,20 +130,11 @@ def _is_result(node: Node) -> bool:
 
 def drop_copy(node: Node, writes: Written) -> Node | None:
     """A copy of the same values in the same layout, where nobody can tell it from its source."""
-    source = _copied(node)
-    if source is None or not same_layout(val(node), val(source)) or val(node).device != val(source).device:
+    if node.target not in COPIES and not is_cast(node) and not _is_neutral(node):
         return None
-    return source if _may_share(node, source, writes) else None
-
-
-def _copied(node: Node) -> Node | None:
-    """The tensor whose values and dtype a call gives back, or None."""
-    source = node.args[0] if node.args else None
-    if not (isinstance(source, Node) and is_tensor(source)) or val(source).dtype != val(node).dtype:
-        return None
-    if node.target in COPIES or (is_cast(node)) or _is_neutral(node):
-        return source
-    return None
+    x, a = source(node), val(node)
+    same = a.dtype == val(x).dtype and a.device == val(x).device and same_layout(a, val(x))
+    return x if same and _may_share(node, x, writes) else None
 
 
 COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
@@ -192,27 +145,28 @@ def _is_neutral(node: Node) -> bool:
     if len(node.args) != 2 or node.kwargs or isinstance(node.args[1], Node):
         return False
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        return node.args[1] == 1
+        return bool(node.args[1] == 1)
     integer = not val(node).dtype.is_floating_point and not val(node).dtype.is_complex
-    return node.target in (aten.add.Tensor, aten.sub.Tensor) and integer and node.args[1] == 0
+    return node.target in (aten.add.Tensor, aten.sub.Tensor) and integer and bool(node.args[1] == 0)
 
 
-def _may_share(copy: Node, source: Node, writes: Written) -> bool:
-    """Whether `copy` may become `source`: neither is written into, and no result starts to share memory."""
-    memory = base(source)
+def _may_share(copy: Node, x: Node, writes: Written) -> bool:
+    """Whether `copy` may become `x`: neither is written into, and no result starts to share memory."""
+    memory = base(x)
     if memory in writes or copy in writes:
         return False
     if not is_returned(copy):
         return True
-    return memory is source and source.op not in INPUTS and not is_returned(source)
+    return memory is x and x.op not in INPUTS and not is_returned(x)
 
 
 def drop_empty(node: Node, writes: Written) -> Node | None:
     """cat([empty, x]) -> clone(x): the first append to a cache that holds nothing."""
     if node.target is not aten.cat.default:
         return None
-    parts = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr, arg-type]
-    if len(parts) != 1 or val(parts[0]).dtype != val(node).dtype or not is_contiguous(val(node)):  # type: ignore[arg-type]
+    parts = [part for part in node.all_input_nodes if not _is_empty(part)]
+    once = len(parts) == 1 and list(node.args[0]).count(parts[0]) == 1  # type: ignore[arg-type]
+    if not once or val(parts[0]).dtype != val(node).dtype or not is_contiguous(val(node)):
         return None
     return _before(node, aten.clone.default, parts[0], memory_format=torch.contiguous_format)
 
