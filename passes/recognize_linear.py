@@ -1,0 +1,95 @@
+"""Matrix products with a 2-D right side become llmcomp::linear.
+
+linear(x, w, b)              ->  llmcomp.linear(x, w, b, kn=False)
+mm(x, t(w)), addmm(b, x, w)  ->  llmcomp.linear(x, w, None, kn=False), llmcomp.linear(x, w, b, kn=True)
+linear(view(x, [-1, K]))     ->  view(linear(x))        so that the views around it meet and go
+"""
+
+import torch
+from torch.fx import Graph, Node
+
+from llmcomp.graph import argument, insert, same_size, source, val
+from llmcomp.ops import OPS
+from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.layout import adopt
+from llmcomp.passes.match import is_vector
+
+aten = torch.ops.aten
+
+Parts = tuple[Node, Node, Node | None, bool]
+
+
+def _run(graph: Graph, report: Report) -> None:
+    for node in list(graph.nodes):
+        parts = _parts(node)
+        if parts is None:
+            continue
+        if (reason := _unfit(*parts)) is not None:
+            report.miss(node, reason)
+            continue
+        _rewrite(node, *parts)
+        report.rewrites += 1
+
+
+RECOGNIZE_LINEAR = Pass("recognize_linear", _run, needs=frozenset({SHAPES}))
+
+
+def _parts(node: Node) -> Parts | None:
+    """(x, weight, bias, kn) of a matrix product, or None."""
+    if node.target is aten.linear.default:
+        x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
+        return _checked(x, weight, bias, False)
+    if node.target is aten.mm.default:
+        return _checked(node.args[0], *_untransposed(node.args[1], None))
+    if node.target is aten.addmm.default and argument(node, "beta") == argument(node, "alpha") == 1:
+        bias, x, weight = node.args[:3]
+        return _checked(x, *_untransposed(weight, bias))
+    return None
+
+
+def _checked(x: object, weight: object, bias: object, kn: bool) -> Parts:
+    assert isinstance(x, Node) and isinstance(weight, Node) and (bias is None or isinstance(bias, Node))
+    return x, weight, bias, kn
+
+
+def _untransposed(weight: object, bias: object) -> tuple[object, object, bool]:
+    """(weight, bias, kn): a transposed matrix is given as what it was before."""
+    assert isinstance(weight, Node)
+    transposes = {aten.t.default: (), aten.transpose.int: (0, 1), aten.permute.default: ([1, 0],)}
+    if weight.target in transposes and weight.args[1:] == transposes[weight.target]:
+        return weight.args[0], bias, False
+    return weight, bias, True
+
+
+def _unfit(x: Node, weight: Node, bias: Node | None, kn: bool) -> str | None:
+    """Why this product is no linear layer, or None."""
+    if not val(x).dtype.is_floating_point:
+        return f"the product is of {val(x).dtype}"
+    if val(weight).dim() != 2 or not val(x).dim():
+        return f"the operands have {val(x).dim()} and {val(weight).dim()} dimensions"
+    if {val(n).dtype for n in (x, weight, bias) if n is not None} != {val(x).dtype}:
+        return "the operands differ in dtype"
+    if bias is not None and not is_vector(bias, val(weight).shape[1 if kn else 0]):
+        return "the bias is not a vector of one number per output"
+    return None
+
+
+def _rewrite(node: Node, x: Node, weight: Node, bias: Node | None, kn: bool) -> None:
+    graph, y = node.graph, _before_flattening(x)
+    with graph.inserting_before(node):
+        new = insert(graph, OPS.linear.default, y, weight, bias, kn)
+        if y is not x:
+            shape = x.args[1]
+            assert isinstance(shape, list | tuple)
+            new = insert(graph, aten.view.default, new, [*shape[:-1], val(weight).shape[1 if kn else 0]])
+    adopt(node, new)
+
+
+def _before_flattening(x: Node) -> Node:
+    """y where x is view(y, [-1, K]) of y (..., K), else x."""
+    if x.target not in (aten.view.default, aten._unsafe_view.default):
+        return x
+    y = source(x)
+    merges = val(x).dim() < val(y).dim() and same_size(val(x).shape[-1], val(y).shape[-1])
+    return y if merges else x
