@@ -36,7 +36,7 @@ def cases() -> dict[str, OpCase]:
 def test_operator_equals_eager(cases: dict[str, OpCase], name: str) -> None:
     result = run(cases[name], "llmcomp", limit=SAMPLES)
     assert not result.failures, "\n".join(result.failures)
-    assert result.verdicts["equal"] or result.verdicts["raises"], "no sample had a graph"
+    assert result.verdicts.keys() & {"equal", "raises", "traced"}, "no sample had a graph"
 
 
 @pytest.mark.sweep
