@@ -57,7 +57,7 @@ def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
 
 
 def symbol(name: str) -> str:
-    """A name that is no keyword and no function of the C library: a kernel `cos` would be called for cosine."""
+    """A name that is no keyword or function of the C library: a kernel `cos` would be called for cosine."""
     return f"{name}_kernel" if name in KEYWORDS or name in OPERATIONS else name
 
 

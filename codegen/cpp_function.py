@@ -86,7 +86,7 @@ def _print_threads(
 def _positive_sizes(bodies: Iterable[Body]) -> list[sympy.Expr]:
     """Sizes of checked dimensions that may be zero: a clamped index would read an empty buffer."""
     found = [s.size for body in bodies for s in body if isinstance(s, Check) and s.mask is None]
-    return [size for size in dict.fromkeys(found) if not size.is_positive]
+    return [size for size in dict.fromkeys(found) if not (size.is_Integer and size > 0)]
 
 
 @contextmanager

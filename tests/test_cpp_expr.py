@@ -12,7 +12,7 @@ from torch.utils._sympy.functions import CeilDiv, FloorDiv, Mod, ModularIndexing
 
 from llmcomp.codegen.cpp_expr import TABLE, compute, constant, index
 from llmcomp.codegen.kernel import OPERATIONS, Axis, Buffer, Compute, Index, Load, Map, Statement, Store
-from tests.cpp_kernels import Library, axis, size
+from tests.cpp_kernels import Call, Library, axis, sanitize, size
 
 F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
 FLOATS = (F32, F64)
@@ -242,6 +242,18 @@ def test_convert(tmp_path: Path) -> None:
                 held = (x.abs() < 127) & ((x >= 0) | (target != torch.uint8))
             expected = x[held].to(target)
             torch.testing.assert_close(out[held], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sanitizers(tmp_path: Path) -> None:
+    """Every operation on its samples under the address and undefined behaviour sanitizers."""
+    calls = []
+    for group in GROUPS:
+        ops, dtype = cases_of(group), group[0]
+        operands = operands_of(ops[0], dtype)
+        outs = [torch.empty(len(operands[0]), dtype=BOOL if op in TO_BOOL else dtype) for op in ops]
+        kernel = group_kernel(group_name(group), ops, dtype)
+        calls.append(Call(kernel, [*operands, *outs], [len(operands[0])]))
+    assert sanitize(calls, tmp_path) == ""
 
 
 def test_where_constant_fma_and_constant_powers(tmp_path: Path) -> None:
