@@ -10,7 +10,7 @@ namespace contract {
 using micro::W;
 
 constexpr int64_t TILE = 32;  // columns of a tile
-constexpr int64_t WIDE_TILE = 512;  // the same where weights are stored (K, N), for long runs in memory
+constexpr int64_t WIDE_TILE = 1024;  // the same where weights are stored (K, N), for long runs in memory
 constexpr int64_t BLOCK = 256;  // operand rows that are packed between two barriers
 constexpr int64_t DEPTH_BLOCK = 2048;  // of this depth, a panel of the operand and a tile of weights fit the L2 cache
 constexpr int64_t PRIVATE = 16384;  // elements that a thread packs in less time than a barrier would take
@@ -53,11 +53,13 @@ struct Tiles {
     }
 };
 
-// Columns of a tile where weights are stored (K, N): wide, and the same number of tiles for every thread.
-INLINE int64_t wide_tile(int64_t columns, int64_t team) {
+// Columns of a tile where weights are stored (K, N): many for few rows (long runs in memory), and so that every thread
+// gets the same number of tiles.
+INLINE int64_t wide_tile(int64_t columns, int64_t rows, int64_t team) {
+    const int64_t most = rows <= 8 ? WIDE_TILE : WIDE_TILE / 8;
     const int64_t each = (columns + team - 1) / team;
-    const int64_t tiles = (each + WIDE_TILE - 1) / WIDE_TILE;
-    return round_up((each + tiles - 1) / tiles, W);
+    const int64_t tiles = (each + most - 1) / most;
+    return round_up((each + tiles - 1) / tiles, TILE);
 }
 
 // What both kinds of operand share: where the packed rows of a block are, and who packs which.
@@ -202,19 +204,53 @@ struct Operand : Packing<typename micro::Format<Weight, Graph>::Packed, 2 * W> {
 
 // ---- weights stored along n: (K, N), GPT-2's Conv1D -------------------------------------------------------------------
 
-template <typename Weight>
-struct ColumnOperand : Packing<float, 8> {
-    typedef Packing<float, 8> Base;
+// Up to 8 rows are multiplied with the weights where they are, more with a copy of some of the weights in the cache.
+template <typename Weight, typename Graph>
+struct ColumnOperand : Packing<typename micro::ColumnFormat<Weight, Graph>::Packed, 64> {
+    typedef micro::ColumnFormat<Weight, Graph> F;
+    typedef typename F::Packed Packed;
+    typedef Packing<Packed, 64> Base;
+    using Base::PANEL, Base::count, Base::depth, Base::line, Base::packed, Base::stride;
     using Base::Base;
 
-    void pack(int64_t row) { __builtin_memcpy(packed + row * stride, line, stride * sizeof(float)); }
+    static constexpr int64_t FEW = 8, K_STEP = 64;
+    static constexpr int64_t PRODUCTS = WIDE_TILE * FEW;  // room for the products of a panel and a tile
+
+    void pack(int64_t row) {
+        for (int64_t k = 0; k < stride; ++k) packed[row * stride + k] = line[k];
+    }
 
     // out[row][column] = operand row . weight column, for the rows of a panel and `width` columns from `w` on.
-    void multiply(
-        int64_t panel, float* out, int64_t ldo, const Weight* w, int64_t ld, int64_t width, const Weight* = nullptr
-    ) const {
+    void multiply(int64_t panel, float* out, int64_t ldo, const Weight* w, int64_t ld, int64_t width) const {
+        const Packed* x = packed + panel * stride;
         const int64_t rows = op::minimum(PANEL, count - panel);
-        micro::columns(out, ldo, packed + panel * stride, stride, rows, w, ld, width, depth);
+        if (rows > FEW) return many(out, ldo, x, rows, w, ld, width);
+        if (rows > 4) return micro::columns<F, 8>(out, ldo, x, stride, w, ld, width, depth);
+        if (rows > 2) return micro::columns<F, 4>(out, ldo, x, stride, w, ld, width, depth);
+        if (rows > 1) return micro::columns<F, 2>(out, ldo, x, stride, w, ld, width, depth);
+        return micro::columns<F, 1>(out, ldo, x, stride, w, ld, width, depth);
+    }
+
+    void many(
+        float* out, int64_t ldo, const Packed* x, int64_t rows, const Weight* w, int64_t ld, int64_t width
+    ) const {
+        alignas(64) Packed copy[K_STEP * TILE];
+        __builtin_memset(out, 0, rows * ldo * sizeof(float));
+        for (int64_t k = 0; k < depth; k += K_STEP) {
+            const int64_t part = op::minimum(K_STEP, depth - k);
+            for (int64_t n = 0; n < width; n += TILE) {
+                micro::pack_columns<F, TILE>(copy, w + k * ld + n, ld, width - n, part);
+                int64_t m = 0;
+                for (; m + 8 <= rows; m += 8) add<8>(out + m * ldo + n, ldo, x + m * stride + k, copy, part);
+                for (; m < rows; ++m) add<1>(out + m * ldo + n, ldo, x + m * stride + k, copy, part);
+            }
+        }
+    }
+
+    template <int64_t R>
+    void add(float* out, int64_t ldo, const Packed* x, const Packed* copy, int64_t part) const {
+        for (int64_t v = 0; v < TILE; v += 2 * W)
+            micro::outer<F, R, 2>(out + v, ldo, x, stride, copy + v * F::GROUP, TILE * F::GROUP, part);
     }
 };
 

@@ -13,11 +13,12 @@ Weights are read from memory once per block of rows, in order.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from llmcomp.codegen.build import Source
 from llmcomp.codegen.cpp_body import (
@@ -47,76 +48,164 @@ from llmcomp.codegen.kernel import (
     vectors,
 )
 
-TILE = 32
-# Columns of a section whose epilogue reduces along them are one tile, in an array on the stack.
-LONGEST_REDUCTION = 1024
+TILE = 32  # contract::TILE
+# Columns of a section whose epilogue reduces along them: they are one tile, in arrays on the stack.
+LONGEST_REDUCTION = 512
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def render_contract(kernel: Contract, comment: Sequence[str] = ()) -> Source:
     """The C++ source of `kernel`; `comment` names the graph nodes that it computes.
 
-    Raises ValueError where the weights have different dtypes or are not of a floating point type up to 32 bits.
+    Raises ValueError where the weights have different dtypes, or one that is not float32, bfloat16 or float16.
     """
     return Source(kernel.name, "cpp", _Printer(kernel).text(), tuple(comment))
 
 
 @dataclass(frozen=True)
+class Locals:
+    """Names of the printer's own variables; one that the kernel uses too gets an underscore."""
+
+    rows: str = "rows"
+    depth: str = "depth"
+    columns: str = "columns"
+    team: str = "team"
+    memory: str = "memory"
+    operand: str = "operand"
+    line: str = "line"
+    expert: str = "expert"
+    block: str = "block"
+    first_row: str = "first_row"
+    end: str = "end"
+    stop_row: str = "stop_row"
+    packing: str = "packing"
+    tiles: str = "tiles"
+    share: str = "share"
+    piece: str = "piece"
+    first: str = "first"
+    stop: str = "stop"
+    panel: str = "panel"
+    row: str = "row"
+
+    @staticmethod
+    def avoiding(taken: frozenset[str]) -> "Locals":
+        """The names, other than those taken."""
+        return Locals(*(unused(f.name, taken) for f in fields(Locals)))
+
+
+def unused(stem: str, taken: frozenset[str]) -> str:
+    """`stem`, with underscores until it is not taken."""
+    return unused(stem + "_", taken) if stem in taken else stem
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How the columns of a section are cut: tiles of `width` columns, `run` of them along the last axis."""
+
+    section: Section
+    width: sympy.Expr
+    ldo: sympy.Expr
+    """Elements from one row of a tile of products to the next."""
+    room: str
+    """Elements of such a tile."""
+    whole: bool
+    """A tile is all of the last axis: the epilogue reduces along it."""
+
+    @property
+    def last(self) -> Axis:
+        return self.section.axes[-1]
+
+    @property
+    def run(self) -> sympy.Expr:
+        return sympy.Integer(1) if self.whole else FloorDiv(self.last.size + self.width - 1, self.width)
+
+    @property
+    def count(self) -> sympy.Expr:
+        return sympy.Mul(*(a.size for a in self.section.axes[:-1]), self.run)
+
+    @property
+    def cost(self) -> sympy.Expr:
+        """Weight rows of a tile."""
+        return self.width * len(self.section.accumulators)
+
+    def outer(self, piece: sympy.Symbol) -> Iterator[tuple[sympy.Symbol, sympy.Expr]]:
+        """The outer axes at a tile, by its number."""
+        axes = self.section.axes[:-1]
+        for i, axis in enumerate(axes):
+            inner = sympy.Mul(*(a.size for a in axes[i + 1 :]), self.run)
+            position = FloorDiv(piece, inner)
+            yield axis.symbol, position if i == 0 else Mod(position, axis.size)
+
+    def first(self, piece: sympy.Symbol) -> sympy.Expr:
+        """The first column of a tile, by its number."""
+        along = piece if len(self.section.axes) == 1 else Mod(piece, self.run)
+        return along * self.width
+
+    def stop(self, first: sympy.Symbol) -> sympy.Expr:
+        """The column behind the last one of a tile."""
+        size = self.last.size
+        even = size.is_Integer and self.width.is_Integer and size % self.width == 0
+        return first + self.width if even else sympy.Min(first + self.width, size)
+
+
 class _Printer:
-    kernel: Contract
+    """Prints one kernel."""
+
+    def __init__(self, kernel: Contract) -> None:
+        self.kernel = kernel
+        epilogues = (expand_argmax(s.epilogue, s.axes[-1].symbol) for s in kernel.sections)
+        self.operand_body = expand_argmax(kernel.operand, kernel.depth.symbol)
+        self.epilogues: tuple[Body, ...] = tuple(epilogues)
+        self.taken = names_of(kernel, (self.operand_body, *self.epilogues))
+        self.names = Locals.avoiding(self.taken)
+        self.failing = checks(self.bodies, self.scope)
 
     # ---- what is known before anything is printed ----
 
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.operand_body, *self.epilogues)
+
     @cached_property
     def scope(self) -> Scope:
-        k = self.kernel
-        seeds = {a.name: torch.float32 for s in k.sections for a in s.accumulators}
-        return make_scope([*k.buffers, Buffer(self.line, torch.float32, True)], self.bodies, seeds)
+        seeds = {a.name: torch.float32 for s in self.kernel.sections for a in s.accumulators}
+        line = Buffer(self.names.line, torch.float32, written=True)
+        return make_scope([*self.kernel.buffers, line], self.bodies, seeds)
 
     @cached_property
-    def bodies(self) -> list[Body]:
-        k = self.kernel
-        epilogues = [expand_argmax(s.epilogue, s.axes[-1].symbol) for s in k.sections]
-        return [expand_argmax(k.operand, k.depth.symbol), *epilogues]
-
-    @cached_property
-    def taken(self) -> frozenset[str]:
-        k = self.kernel
-        axes = [k.rows, k.depth, *(a for s in k.sections for a in s.axes)]
-        values = {s.out for body in self.bodies for s in body if not isinstance(s, Store)}
-        accumulators = {a.name for s in k.sections for a in s.accumulators}
-        names = {str(n) for n in (*(a.symbol for a in axes), *k.sizes, *(b.name for b in k.buffers))}
-        return frozenset(names | values | accumulators)
-
-    def local(self, stem: str) -> str:
-        """`stem`, or `stem_` where the kernel has a name like it."""
-        return self.local(stem + "_") if stem in self.taken else stem
-
-    @cached_property
-    def line(self) -> str:
-        return self.local("line")
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
+    def weight_type(self) -> str:
         buffers = {b.name: b.dtype for b in self.kernel.buffers}
         found = {buffers[a.weight.buffer] for s in self.kernel.sections for a in s.accumulators}
         if len(found) != 1 or not found <= set(WEIGHTS):
             raise ValueError(f"expected weights of one dtype out of {WEIGHTS}, found {sorted(map(str, found))}")
-        return found.pop()
+        return MEMORY_TYPES[found.pop()]
 
     @cached_property
     def wide(self) -> bool:
         """Whether all weights are stored (K, N): consecutive columns are neighbours in memory."""
-        steps = [self.steps(s, a) for s in self.kernel.sections for a in s.accumulators]
-        return all(across == 1 and along != 1 for across, along in steps)
+        found = [steps(s, a) for s in self.kernel.sections for a in s.accumulators]
+        return all(across == 1 and along != 1 for across, along in found)
 
-    def steps(self, section: Section, accumulator: Accumulator) -> tuple[sympy.Expr, sympy.Expr]:
-        """Elements of memory from one column of a tile to the next, and from one k to the next."""
-        last = section.axes[-1].symbol
-        step = sympy.expand(accumulator.row.subs(last, last + 1) - accumulator.row)
-        assert last not in step.free_symbols, f"rows of {accumulator.name} are not affine in {last}"
-        return sympy.expand(step * accumulator.weight.row_stride), accumulator.weight.k_stride
+    @cached_property
+    def operand_type(self) -> str:
+        kind = "ColumnOperand" if self.wide else "Operand"
+        return f"contract::{kind}<{self.weight_type}, {MEMORY_TYPES[self.kernel.operand_dtype]}>"
+
+    @cached_property
+    def tiles(self) -> tuple[_Tiles, ...]:
+        return tuple(self.cut(n, s) for n, s in enumerate(self.kernel.sections))
+
+    def cut(self, n: int, section: Section) -> _Tiles:
+        size = section.axes[-1].size
+        if any(isinstance(s, Reduce) for s in section.epilogue):
+            assert size.is_Integer and size <= LONGEST_REDUCTION, f"a reduction over {size} columns"
+            ldo = -(-size // TILE) * TILE
+            return _Tiles(section, size, ldo, f"{self.names.operand}.PANEL * {ldo}", True)
+        if self.wide:
+            width = _symbol(unused(f"tile_{n}", self.taken))
+            return _Tiles(section, width, width, f"{self.names.operand}.PRODUCTS", False)
+        tile = sympy.Integer(TILE)
+        return _Tiles(section, tile, tile, f"{self.names.operand}.PANEL * {TILE}", False)
 
     # ---- the text ----
 
@@ -129,237 +218,206 @@ class _Printer:
         self.print_entry(w)
         return w.text()
 
-    @cached_property
-    def operand_type(self) -> str:
-        weight = MEMORY_TYPES[self.dtype]
-        if self.wide:
-            return f"contract::ColumnOperand<{weight}>"
-        return f"contract::Operand<{weight}, {MEMORY_TYPES[self.kernel.operand_dtype]}>"
-
     @property
     def arguments(self) -> list[str]:
         return [*map(parameter, self.kernel.buffers), *(f"int64_t {s}" for s in self.kernel.sizes)]
 
     def print_entry(self, w: Writer) -> None:
-        k = self.kernel
-        rows, depth, columns, team, memory = map(self.local, ("rows", "depth", "columns", "team", "memory"))
+        """The exported function: decides on a team, and runs the part in each of its threads."""
+        k, v = self.kernel, self.names
+        columns = sympy.Add(*(_points(s.axes) * len(s.accumulators) for s in k.sections))
+        passed = [*(b.name for b in k.buffers), *map(str, k.sizes), f"{v.memory}.aligned()", v.team, "status"]
+        part = f"{k.name}_part({', '.join(passed)});"
         head = [*self.arguments, "int64_t threads", "int64_t* status"]
-        passed = [*(b.name for b in k.buffers), *map(str, k.sizes), f"{memory}.aligned()", team, "status"]
-        total = sympy.Add(*(_count(s.axes) * len(s.accumulators) for s in k.sections))
         with w.block(function_head(f'extern "C" void {k.name}', head)):
-            w.line(f"const int64_t {rows} = {index(k.rows.size)}, {depth} = {index(k.depth.size)};")
-            w.line(f"const int64_t {columns} = {index(total)};  // of all weights")
-            w.line(f"if ({rows} <= 0 || {columns} <= 0) return;")
+            w.line(f"const int64_t {v.rows} = {index(k.rows.size)}, {v.depth} = {index(k.depth.size)};")
+            w.line(f"const int64_t {v.columns} = {index(columns)};  // of all weights")
+            w.line(f"if ({v.rows} <= 0 || {v.columns} <= 0) return;")
             for size in positive_sizes(self.bodies):
                 w.line(f"if ({index(size)} <= 0) return op::report(status, 1);  // nothing to index")
+            items = f"({v.columns} + {TILE - 1}) / {TILE}"
+            w.line(f"const int64_t {v.team} = op::team(threads, {items}, {v.rows} * {v.depth} * {v.columns});")
             w.line(
-                f"const int64_t {team} = op::team(threads, ({columns} + {TILE - 1}) / {TILE}, {rows} * {depth} * {columns});"
+                f"const contract::Memory {v.memory}({self.operand_type}::bytes({v.rows}, {v.depth}, {v.team}));"
             )
-            w.line(
-                f"const contract::Memory {memory}({self.operand_type}::bytes({rows}, {depth}, {team}));"
-            )
-            w.line(f"if ({team} == 1) return {k.name}_part({', '.join(passed)});")
-            w.line(f"#pragma omp parallel num_threads({team})")
-            w.line(f"{k.name}_part({', '.join(passed)});")
+            w.line(f"if ({v.team} == 1) return {part}")
+            w.line(f"#pragma omp parallel num_threads({v.team})")
+            w.line(part)
 
     def print_part(self, w: Writer) -> None:
-        k = self.kernel
-        rows, depth, team, memory, operand = map(self.local, ("rows", "depth", "team", "memory", "operand"))
-        head = [*self.arguments, f"char* {memory}", f"int64_t {team}", "int64_t* status"]
-        failing = checks(self.bodies, self.scope)
+        """What one thread does."""
+        k, v = self.kernel, self.names
+        head = [*self.arguments, f"char* {v.memory}", f"int64_t {v.team}", "int64_t* status"]
         with w.block(function_head(f"static void {k.name}_part", head)):
-            w.line(f"const int64_t {rows} = {index(k.rows.size)}, {depth} = {index(k.depth.size)};")
-            w.line(f"{self.operand_type} {operand}({memory}, {rows}, {depth}, {team});")
-            for n, section in enumerate(k.sections):
-                self.print_counts(w, n, section)
-            if failing:
+            w.line(f"const int64_t {v.rows} = {index(k.rows.size)}, {v.depth} = {index(k.depth.size)};")
+            w.line(f"{self.operand_type} {v.operand}({v.memory}, {v.rows}, {v.depth}, {v.team});")
+            for tiles in self.tiles:
+                if tiles.width.is_Symbol:
+                    arguments = f"{index(tiles.last.size)}, {v.rows}, {v.team}"
+                    w.line(f"const int64_t {tiles.width} = contract::wide_tile({arguments});")
+            if self.failing:
                 w.line("int64_t failed = 0;")
-            with self.print_experts(w):
+            with self.print_blocks(w):
                 self.print_operand(w)
                 self.print_sections(w)
-            if failing:
+            if self.failing:
                 w.line("op::report(status, failed);")
 
     @contextmanager
-    def print_experts(self, w: Writer) -> Iterator[None]:
-        """The loops over experts and over blocks of rows: `block` is the first row, `stop_row` ends the rows."""
-        k = self.kernel
-        rows, block, stop = map(self.local, ("rows", "block", "stop_row"))
-        step = f"{block} += contract::BLOCK"
+    def print_blocks(self, w: Writer) -> Iterator[None]:
+        """The loops over experts and over the blocks of their rows."""
+        k, v = self.kernel, self.names
         if k.experts is None:
-            with w.block(f"for (int64_t {block} = 0, {stop} = {rows}; {block} < {stop}; {step})"):
+            head = f"for (int64_t {v.block} = 0; {v.block} < {v.rows}; {v.block} += contract::BLOCK)"
+            with w.block(head):
+                w.line(f"const int64_t {v.stop_row} = op::minimum({v.block} + contract::BLOCK, {v.rows});")
                 yield
             return
-        expert, first = self.local("expert"), self.local("first_row")
-        with w.block(loop(expert, index(k.expert_count))):
-            w.line(f"const int64_t {first} = {expert} ? op::clamp_index({k.experts}[{expert} - 1], {rows} + 1) : 0;")
-            w.line(f"const int64_t {stop} = op::clamp_index({k.experts}[{expert}], {rows} + 1);")
-            with w.block(f"for (int64_t {block} = {first}; {block} < {stop}; {step})"):
+        with w.block(loop(v.expert, index(k.expert_count))):
+            ends = f"op::clamp_index({k.experts}[{v.expert}{{}}], {v.rows} + 1)"
+            w.line(f"const int64_t {v.first_row} = {v.expert} == 0 ? 0 : {ends.format(' - 1')};")
+            w.line(f"const int64_t {v.end} = {ends.format('')};")
+            head = f"for (int64_t {v.block} = {v.first_row}; {v.block} < {v.end}; {v.block} += contract::BLOCK)"
+            with w.block(head):
+                w.line(f"const int64_t {v.stop_row} = op::minimum({v.block} + contract::BLOCK, {v.end});")
                 yield
 
     def print_operand(self, w: Writer) -> None:
         """Pack this thread's share of the rows of a block."""
-        k = self.kernel
-        block, stop, operand, packing = map(self.local, ("block", "stop_row", "operand", "packing"))
-        row, m = self.local("row"), k.rows.symbol
-        body = (*self.bodies[0], Store(self.line, k.depth.symbol, k.operand_value))
-        w.line(
-            f"const op::Share {packing} = {operand}.start(op::minimum(contract::BLOCK, {stop} - {block}));"
-        )
-        w.line(f"float* const {self.line} = {operand}.line;")
-        with w.block(f"for (int64_t {row} = {packing}.first; {row} < {packing}.last; ++{row})"):
-            w.line(f"const int64_t {m} = {block} + {row};")
+        k, v = self.kernel, self.names
+        body = (*self.operand_body, Store(v.line, k.depth.symbol, k.operand_value))
+        w.line(f"const op::Share {v.packing} = {v.operand}.start({v.stop_row} - {v.block});")
+        w.line(f"float* const {v.line} = {v.operand}.line;")
+        with w.block(f"for (int64_t {v.row} = {v.packing}.first; {v.row} < {v.packing}.last; ++{v.row})"):
+            w.line(f"const int64_t {k.rows.symbol} = {v.block} + {v.row};")
             print_phases(w, body, k.depth, self.scope)
-            w.line(f"{operand}.pack({row});")
-        w.line(f"{operand}.finish();")
-
-    # ---- sections ----
-
-    def print_counts(self, w: Writer, n: int, section: Section) -> None:
-        """`tile_n` columns in a tile, `run_n` tiles along the last axis, `tiles_n` in the section."""
-        tile, run, tiles = (self.local(f"{stem}_{n}") for stem in ("tile", "run", "tiles"))
-        size = index(section.axes[-1].size)
-        outer = _count(section.axes[:-1])
-        w.line(f"const int64_t {tile} = {self.tile(section)};")
-        w.line(f"const int64_t {run} = ({size} + {tile} - 1) / {tile};")
-        w.line(f"const int64_t {tiles} = {f'{_atom(outer)} * ' if outer != 1 else ''}{run};")
-
-    def tile(self, section: Section) -> str:
-        """The number of columns of a tile."""
-        size = section.axes[-1].size
-        if self.reduces(section):
-            assert size.is_Integer and size <= LONGEST_REDUCTION, f"a reduction over {size} columns"
-            return str(size)
-        if self.wide:
-            return f"contract::wide_tile({index(size)}, {self.local('team')})"
-        return "contract::TILE"
-
-    def reduces(self, section: Section) -> bool:
-        return any(isinstance(s, Reduce) for s in section.epilogue)
+            w.line(f"{v.operand}.pack({v.row});")
+        w.line(f"{v.operand}.finish();")
 
     def print_sections(self, w: Writer) -> None:
-        k = self.kernel
-        tiles = self.local("tiles")
-        costs = [(self.local(f"tiles_{n}"), self.cost(n)) for n in range(len(k.sections))]
-        total = " + ".join(f"{count} * {cost}" for count, cost in costs)
-        w.line(f"contract::Tiles {tiles} = {{{self.local('operand')}.member.share({total})}};")
-        for n, (section, (count, cost)) in enumerate(zip(k.sections, costs, strict=True)):
-            share, piece = self.local(f"share_{n}"), self.local("piece")
-            w.line(f"const op::Share {share} = {tiles}.next({count}, {cost});")
-            with w.block(f"for (int64_t {piece} = {share}.first; {piece} < {share}.last; ++{piece})"):
-                self.print_tile(w, n, section)
-
-    def cost(self, n: int) -> str:
-        weights = len(self.kernel.sections[n].accumulators)
-        return f"{weights} * {self.local(f'tile_{n}')}" if weights > 1 else self.local(f"tile_{n}")
-
-    def print_tile(self, w: Writer, n: int, section: Section) -> None:
-        """One tile of columns: where it is, its weights, and the rows of the operand, panel by panel."""
-        k = self.kernel
-        *outer, last = section.axes
-        first, stop, operand, panel = map(self.local, ("first", "stop", "operand", "panel"))
-        tile, run, piece = self.local(f"tile_{n}"), self.local(f"run_{n}"), self.local("piece")
-        position = f"{piece} / {run}"
-        for i, axis in enumerate(outer):
-            inner = _count(outer[i + 1 :])
-            quotient = position if inner == 1 else f"{position} / {_atom(inner)}"
-            w.line(f"const int64_t {axis.symbol} = {quotient}{f' % {_atom(axis.size)}' if i else ''};")
-        whole = self.reduces(section)
-        size = index(last.size)
-        if not whole:
-            w.line(f"const int64_t {first} = {f'{piece} % {run}' if outer else piece} * {tile};")
-            w.line(f"const int64_t {stop} = {self.stop(section, first, tile, size)};")
-        width = size if whole else f"{stop} - {first}"
-        for a in section.accumulators:
-            self.print_weight(w, section, a, sympy.Integer(0) if whole else _symbol(first), width)
-        with w.block(
-            f"for (int64_t {panel} = 0; {panel} < {operand}.count; {panel} += {operand}.PANEL)"
-        ):
-            self.print_products(w, n, section, width)
-            self.print_epilogue(w, n, section)
-
-    def stop(self, section: Section, first: str, tile: str, size: str) -> str:
-        length = section.axes[-1].size
-        if not self.wide and length.is_Integer and length % TILE == 0:
-            return f"{first} + contract::TILE"
-        return f"op::minimum<int64_t>({first} + {tile}, {size})"
-
-    def print_weight(self, w: Writer, section: Section, a: Accumulator, first: sympy.Expr, width: str) -> None:
-        """The pointer to the first weight row of the tile."""
-        k, weight = self.kernel, a.weight
-        ctype = MEMORY_TYPES[self.dtype]
-        at = weight.offset + a.row.subs(section.axes[-1].symbol, first) * weight.row_stride
-        if k.experts is not None:
-            at += _symbol(self.local("expert")) * weight.expert_stride
-        text = f"{weight.buffer} + {index(sympy.expand(at))}"
-        across, along = self.steps(section, a)
-        if along != 1 and not self.wide:
-            room, depth = self.local(f"{a.name}_gathered"), self.local("depth")
-            w.line(f"const contract::Memory {room}(({width}) * {depth} * sizeof({ctype}));")
-            text = f"contract::gather(({ctype}*){room}.aligned(), {text}, {index(across)}, {index(along)}, {width}, {depth})"
-        w.line(f"const {ctype}* const {self.weight_name(a)} = {text};")
-
-    def weight_name(self, a: Accumulator) -> str:
-        return self.local(f"{a.name}_weight")
-
-    def ld(self, section: Section, a: Accumulator) -> str:
-        """Elements from one weight row (or, where stored (K, N), from one k) to the next."""
-        across, along = self.steps(section, a)
-        if self.wide:
-            return index(along)
-        return index(across) if along == 1 else self.local("depth")
-
-    def print_products(self, w: Writer, n: int, section: Section, width: str) -> None:
-        """The accumulators of the tile, for all rows of a panel."""
-        operand, panel, tile = map(self.local, ("operand", "panel", f"tile_{n}"))
-        size = section.axes[-1].size
-        single = size.is_Integer and size <= TILE or self.reduces(section)
-        ldo = self.ldo(section)
-        for i, a in enumerate(section.accumulators):
-            products, ld = self.local(f"{a.name}_tile"), self.ld(section, a)
-            w.line(f"alignas(64) float {products}[{operand}.PANEL * {ldo}];")
-            if i + 1 < len(section.accumulators):
-                follows = self.weight_name(section.accumulators[i + 1])
-            else:
-                # What is read next: the same tile further on, or where that ends the run, what lies behind.
-                begin = a if single else section.accumulators[0]
-                follows = f"{self.weight_name(begin)} + {_product(tile, self.ld(section, begin))}"
-            passed = [panel, products, ldo, self.weight_name(a), ld, width, *([] if self.wide else [follows])]
-            w.line(f"{operand}.multiply({', '.join(passed)});")
-
-    def ldo(self, section: Section) -> str:
-        """Elements from one row of an accumulator tile to the next."""
-        if self.reduces(section):
-            return str(-(-int(section.axes[-1].size) // TILE) * TILE)
-        return "contract::WIDE_TILE" if self.wide else "contract::TILE"
-
-    def print_epilogue(self, w: Writer, n: int, section: Section) -> None:
-        """The epilogue body over the rows of the panel and the columns of the tile."""
-        m, last = self.kernel.rows.symbol, section.axes[-1]
-        block, panel, operand, row, stop = map(self.local, ("block", "panel", "operand", "row", "stop"))
-        body, first = self.bodies[n + 1], self.local("first")
-        count = f"op::minimum({operand}.PANEL, {operand}.count - {panel})"
-        with w.block(f"for (int64_t {row} = 0; {row} < {count}; ++{row})"):
-            w.line(f"const int64_t {m} = {block} + {panel} + {row};")
-            whole = self.reduces(section)
-            at = last.symbol if whole else f"{last.symbol} - {first}"
-            seeds = {}
-            for a in section.accumulators:
-                values = self.local(f"{a.name}_row")
+        """This thread's share of the columns, section by section."""
+        v = self.names
+        total = sympy.Add(*(t.count * t.cost for t in self.tiles))
+        w.line(f"contract::Tiles {v.tiles} = {{{v.operand}.member.share({index(total)})}};")
+        for tiles, epilogue in zip(self.tiles, self.epilogues, strict=True):
+            with w.block():
                 w.line(
-                    f"const float* const {values} = {self.local(f'{a.name}_tile')} + {row} * {self.ldo(section)};"
+                    f"const op::Share {v.share} = {v.tiles}.next({index(tiles.count)}, {index(tiles.cost)});"
                 )
-                seeds[a.name] = f"{values}[{at}]"
-            if whole:
+                with w.block(
+                    f"for (int64_t {v.piece} = {v.share}.first; {v.piece} < {v.share}.last; ++{v.piece})"
+                ):
+                    self.print_tile(w, tiles, epilogue)
+
+    def print_tile(self, w: Writer, tiles: _Tiles, epilogue: Body) -> None:
+        """One tile of columns: where it is, its weights, and the rows of the operand, panel by panel."""
+        v, piece = self.names, _symbol(self.names.piece)
+        for axis, position in tiles.outer(piece):
+            w.line(f"const int64_t {axis} = {index(position)};")
+        if not tiles.whole:
+            w.line(f"const int64_t {v.first} = {index(tiles.first(piece))};")
+            w.line(f"const int64_t {v.stop} = {index(tiles.stop(_symbol(v.first)))};")
+        for a in tiles.section.accumulators:
+            self.print_weight(w, tiles, a)
+        with w.block(
+            f"for (int64_t {v.panel} = 0; {v.panel} < {v.operand}.count; {v.panel} += {v.operand}.PANEL)"
+        ):
+            self.print_products(w, tiles)
+            self.print_epilogue(w, tiles, epilogue)
+
+    def width(self, tiles: _Tiles) -> str:
+        """The number of columns of the tile at hand."""
+        first = _symbol(self.names.first)
+        if tiles.whole or tiles.stop(first) == first + tiles.width:
+            return index(tiles.width)
+        return f"{self.names.stop} - {first}"
+
+    def print_weight(self, w: Writer, tiles: _Tiles, a: Accumulator) -> None:
+        """The pointer to the first weight row of the tile."""
+        v, weight, ctype = self.names, a.weight, self.weight_type
+        first = sympy.Integer(0) if tiles.whole else _symbol(v.first)
+        row = a.row.subs(tiles.last.symbol, first)
+        at = weight.offset + row * weight.row_stride
+        if self.kernel.experts is not None:
+            at += _symbol(v.expert) * weight.expert_stride
+        text = f"{weight.buffer} + {index(sympy.expand(at))}"
+        across, along = steps(tiles.section, a)
+        if along != 1 and not self.wide:
+            room, width = self.name(a, "copy"), self.width(tiles)
+            w.line(f"const contract::Memory {room}(({width}) * {v.depth} * sizeof({ctype}));")
+            strides = f"{index(across)}, {index(along)}"
+            text = f"contract::gather(({ctype}*){room}.aligned(), {text}, {strides}, {width}, {v.depth})"
+        w.line(f"const {ctype}* const {self.name(a, 'weight')} = {text};")
+
+    def name(self, a: Accumulator, what: str) -> str:
+        return unused(f"{a.name}_{what}", self.taken)
+
+    def ld(self, section: Section, a: Accumulator) -> sympy.Expr:
+        """Elements from one weight row (where they are stored (K, N): from one k) to the next."""
+        across, along = steps(section, a)
+        if self.wide:
+            return along
+        return across if along == 1 else _symbol(self.names.depth)
+
+    def print_products(self, w: Writer, tiles: _Tiles) -> None:
+        """The accumulators of the tile, for all rows of a panel."""
+        v, accumulators = self.names, tiles.section.accumulators
+        for a in accumulators:
+            w.line(f"alignas(64) float {self.name(a, 'tile')}[{tiles.room}];")
+        for i, a in enumerate(accumulators):
+            passed = [v.panel, self.name(a, "tile"), index(tiles.ldo), self.name(a, "weight")]
+            passed += [index(self.ld(tiles.section, a)), self.width(tiles)]
+            if not self.wide:
+                passed.append(self.follows(tiles, i))
+            w.line(f"{v.operand}.multiply({', '.join(passed)});")
+
+    def follows(self, tiles: _Tiles, i: int) -> str:
+        """Where the weights are that are read after accumulator `i` of a tile: they are fetched meanwhile."""
+        accumulators = tiles.section.accumulators
+        if i + 1 < len(accumulators):
+            return self.name(accumulators[i + 1], "weight")
+        # The next tile begins with the first accumulator, further on; or behind the last one, in the next run.
+        a = accumulators[i] if tiles.run == 1 else accumulators[0]
+        return f"{self.name(a, 'weight')} + {index(tiles.width * self.ld(tiles.section, a))}"
+
+    def print_epilogue(self, w: Writer, tiles: _Tiles, body: Body) -> None:
+        """The epilogue over the rows of the panel and the columns of the tile."""
+        v, last = self.names, tiles.last
+        count = f"op::minimum({v.operand}.PANEL, {v.operand}.count - {v.panel})"
+        with w.block(loop(v.row, count)):
+            w.line(f"const int64_t {self.kernel.rows.symbol} = {v.block} + {v.panel} + {v.row};")
+            seeds = {}
+            for a in tiles.section.accumulators:
+                values, products = self.name(a, "row"), self.name(a, "tile")
+                w.line(f"const float* const {values} = {products} + {v.row} * {index(tiles.ldo)};")
+                seeds[a.name] = f"{values}[{last.symbol if tiles.whole else f'{last.symbol} - {v.first}'}]"
+            if tiles.whole:
                 print_phases(w, body, last, self.scope, seeds)
             else:
-                _print_span(w, body, last, self.scope, seeds, loop(last.symbol, stop, first))
+                print_span(w, body, last, self.scope, seeds, loop(last.symbol, v.stop, v.first))
 
 
-def _print_span(
+def steps(section: Section, a: Accumulator) -> tuple[sympy.Expr, sympy.Expr]:
+    """Elements of memory from one column of a section to the next, and from one k to the next."""
+    last = section.axes[-1].symbol
+    step = sympy.expand(a.row.subs(last, last + 1) - a.row)
+    assert last not in step.free_symbols, f"the rows of {a.name} are not affine in {last}"
+    return sympy.expand(step * a.weight.row_stride), sympy.sympify(a.weight.k_stride)
+
+
+def names_of(kernel: Contract, bodies: Sequence[Body]) -> frozenset[str]:
+    """Every name that a kernel gives to something."""
+    axes = [kernel.rows, kernel.depth, *(a for s in kernel.sections for a in s.axes)]
+    values = {s.out for body in bodies for s in body if not isinstance(s, Store)}
+    accumulators = {a.name for s in kernel.sections for a in s.accumulators}
+    others = {*(a.symbol for a in axes), *kernel.sizes, *(b.name for b in kernel.buffers)}
+    return frozenset(values | accumulators | {str(name) for name in others})
+
+
+def print_span(
     w: Writer, body: Body, axis: Axis, scope: Scope, seeds: Mapping[str, str], head: str
 ) -> None:
-    """A body without reductions along a part of `axis`: what is constant along it once, then the loop."""
+    """A body without reductions along a part of `axis`: what is constant along it once, then the loop `head`."""
     varying = vectors(body, axis.symbol, tuple(seeds))
     once = [s for s in body if not isinstance(s, Store) and s.out not in varying]
     rest = [s for s in body if s not in once]
@@ -387,14 +445,5 @@ def _symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
-def _count(axes: Sequence[Axis]) -> sympy.Expr:
+def _points(axes: Sequence[Axis]) -> sympy.Expr:
     return sympy.Mul(*(a.size for a in axes))
-
-
-def _atom(expr: sympy.Expr) -> str:
-    text = index(expr)
-    return text if expr.is_Symbol or expr.is_Integer else f"({text})"
-
-
-def _product(a: str, b: str) -> str:
-    return f"{a} * {b}" if b.isalnum() else f"{a} * ({b})"

@@ -127,7 +127,7 @@ template <typename T>
 struct Singles {
     typedef T Weight;
     typedef float Packed;
-    typedef Vec Raw;
+    typedef Vec Raw, Lanes;  // Lanes: what a vector of packed columns is to `outer_product`
     static constexpr int64_t STEP = W, GROUP = 1;
 
     INLINE Raw read(const T* p) { return widen(p); }
@@ -137,7 +137,11 @@ struct Singles {
 
     INLINE Vec broadcast(const float* p) { return splat(*p); }
     INLINE Vec broadcast_part(const float* p) { return splat(*p); }
-    INLINE Vec outer_product(Vec a, const float* b, Vec acc) { return fma(a, load<Vec>(b), acc); }
+    INLINE Vec outer_product(Vec a, Vec b, Vec acc) { return fma(a, b, acc); }
+
+    // GROUP rows of W columns, as `outer` reads them when they are packed.
+    INLINE Vec columns(const T* p, int64_t) { return widen(p); }
+    INLINE Vec columns_part(const T* p, int64_t, int64_t count) { return widen_part(p, count); }
 };
 
 // bf16 as 32-bit lanes: the even element is the low half, the odd one the high half, each a float after one instruction.
@@ -162,7 +166,7 @@ struct Split : Singles<float> {
 struct Pairs {
     typedef bf16 Weight;
     typedef bf16 Packed;
-    typedef Bits Raw;
+    typedef Bits Raw, Lanes;
     static constexpr int64_t STEP = 2 * W, GROUP = 2;
 
     INLINE Vec dot(Bits a, Bits b, Vec acc) {
@@ -178,7 +182,15 @@ struct Pairs {
 
     INLINE Bits broadcast(const bf16* p) { return Bits{} + load<uint32_t>(p); }
     INLINE Bits broadcast_part(const bf16* p) { return Bits{} + uint32_t(p->bits); }
-    INLINE Vec outer_product(Bits a, const bf16* b, Vec acc) { return dot(a, load<Bits>(b), acc); }
+    INLINE Vec outer_product(Bits a, Bits b, Vec acc) { return dot(a, b, acc); }
+
+    INLINE Bits columns(const bf16* p, int64_t ld) { return zip(load<Halves>(p), load<Halves>(p + ld)); }
+    INLINE Bits columns_part(const bf16* p, int64_t ld, int64_t count) {
+        return zip(load_part<Halves>(p, count), load_part<Halves>(p + ld, count));
+    }
+    INLINE Bits zip(Halves a, Halves b) {
+        return __builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16;
+    }
 };
 #endif
 
@@ -199,6 +211,20 @@ struct Choose<bf16, bf16> {
 #endif
 template <typename Weight, typename Operand>
 using Format = typename Choose<Weight, Operand>::Format;
+
+// The same for weights stored (K, N): even and odd columns need not be told apart.
+template <typename Weight, typename Operand>
+struct ChooseColumns {
+    typedef Singles<Weight> Format;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ChooseColumns<bf16, bf16> {
+    typedef Pairs Format;
+};
+#endif
+template <typename Weight, typename Operand>
+using ColumnFormat = typename ChooseColumns<Weight, Operand>::Format;
 
 // ---- dots -----------------------------------------------------------------------------------------------------------
 
@@ -275,52 +301,84 @@ void outer(
             const auto factor = F::broadcast(a + r * lda + k);
 #pragma GCC unroll 4
             for (int64_t v = 0; v < V; ++v)
-                acc[r][v] = F::outer_product(factor, b + v * W * F::GROUP, acc[r][v]);
+                acc[r][v] = F::outer_product(factor, load<typename F::Lanes>(b + v * W * F::GROUP), acc[r][v]);
         }
     if (k < depth)
         for (int64_t r = 0; r < R; ++r)
             for (int64_t v = 0; v < V; ++v)
-                acc[r][v] = F::outer_product(F::broadcast_part(a + r * lda + k), b + v * W * F::GROUP, acc[r][v]);
+                acc[r][v] = F::outer_product(
+                    F::broadcast_part(a + r * lda + k), load<typename F::Lanes>(b + v * W * F::GROUP), acc[r][v]
+                );
     for (int64_t r = 0; r < R; ++r)
         for (int64_t v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
 }
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// out[m][n] += x[m][0..K) w[0..K)[n] for a few values of k and `count` rows m. Meanwhile the next K rows of weights are
-// fetched into the second-level cache.
-template <int64_t K, typename T>
-void columns_step(
-    float* out, int64_t ldo, const float* x, int64_t ldx, int64_t count, const T* w, int64_t ld, int64_t width
-) {
-    constexpr int64_t LINE = 64 / sizeof(T);
-    for (int64_t n = 0; n < width; n += W) {
-        Vec wide[K];
-        const bool whole = n + W <= width;
+// out[c][n] += sum over GROUPS groups of rows k of x[c][k] w[k][n], for C rows of the operand and W columns.
+template <typename F, int64_t GROUPS, int64_t C, typename Read>
+INLINE void columns_step(float* out, int64_t ldo, const typename F::Packed* x, int64_t ldx, const Read& read) {
+    typename F::Lanes lanes[GROUPS];
 #pragma GCC unroll 8
-        for (int64_t k = 0; k < K; ++k) {
-            wide[k] = whole ? widen(w + k * ld + n) : widen_part(w + k * ld + n, width - n);
-            if (n % LINE == 0) __builtin_prefetch(w + (K + k) * ld + n, 0, 2);
-        }
-        for (int64_t m = 0; m < count; ++m) {
-            Vec acc = load<Vec>(out + m * ldo + n);
+    for (int64_t g = 0; g < GROUPS; ++g) lanes[g] = read(g);
 #pragma GCC unroll 8
-            for (int64_t k = 0; k < K; ++k) acc = fma(wide[k], splat(x[m * ldx + k]), acc);
-            store(out + m * ldo + n, acc);
-        }
+    for (int64_t c = 0; c < C; ++c) {
+        Vec acc = load<Vec>(out + c * ldo);
+#pragma GCC unroll 8
+        for (int64_t g = 0; g < GROUPS; ++g)
+            acc = F::outer_product(F::broadcast(x + c * ldx + g * F::GROUP), lanes[g], acc);
+        store(out + c * ldo, acc);
     }
 }
 
-// out[m][n] = sum_k x[m][k] w[k][n]; `ldo` is a multiple of W and at least `width`.
-template <typename T>
-void columns(
-    float* out, int64_t ldo, const float* x, int64_t ldx, int64_t count, const T* w, int64_t ld, int64_t width,
-    int64_t depth
+// The same for `width` columns; the weights of the next step are fetched into the second-level cache.
+template <typename F, int64_t GROUPS, int64_t C>
+void columns_run(
+    float* out, int64_t ldo, const typename F::Packed* x, int64_t ldx, const typename F::Weight* w, int64_t ld,
+    int64_t width
 ) {
-    __builtin_memset(out, 0, count * ldo * sizeof(float));
+    constexpr int64_t LINE = 64 / sizeof(*w), ROWS = GROUPS * F::GROUP;
+    int64_t n = 0;
+    for (; n + LINE <= width; n += LINE) {
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < ROWS; ++k) __builtin_prefetch(w + (ROWS + k) * ld + n, 0, 2);
+#pragma GCC unroll 4
+        for (int64_t j = n; j < n + LINE; j += W)
+            columns_step<F, GROUPS, C>(out + j, ldo, x, ldx, [&](int64_t g) {
+                return F::columns(w + g * F::GROUP * ld + j, ld);
+            });
+    }
+    for (; n < width; n += W)
+        columns_step<F, GROUPS, C>(out + n, ldo, x, ldx, [&](int64_t g) {
+            return F::columns_part(w + g * F::GROUP * ld + n, ld, op::minimum(W, width - n));
+        });
+}
+
+// out[c][n] = sum_k x[c][k] w[k][n]; x holds zeros behind `depth`, `ldo` is a multiple of W and at least `width`.
+template <typename F, int64_t C>
+void columns(
+    float* out, int64_t ldo, const typename F::Packed* x, int64_t ldx, const typename F::Weight* w, int64_t ld,
+    int64_t width, int64_t depth
+) {
+    __builtin_memset(out, 0, C * ldo * sizeof(float));
     int64_t k = 0;
-    for (; k + 8 <= depth; k += 8) columns_step<8>(out, ldo, x + k, ldx, count, w + k * ld, ld, width);
-    for (; k < depth; ++k) columns_step<1>(out, ldo, x + k, ldx, count, w + k * ld, ld, width);
+    for (; k + 8 <= depth; k += 8) columns_run<F, 8 / F::GROUP, C>(out, ldo, x + k, ldx, w + k * ld, ld, width);
+    // A last row without a partner is read twice, the second time against a zero.
+    for (; k < depth; k += F::GROUP)
+        columns_run<F, 1, C>(out, ldo, x + k, ldx, w + k * ld, k + F::GROUP <= depth ? ld : 0, width);
+}
+
+// Rows of N columns (a multiple of W) as `outer` wants them, [k / GROUP][column][GROUP], zeros behind `width`.
+template <typename F, int64_t N>
+void pack_columns(typename F::Packed* to, const typename F::Weight* w, int64_t ld, int64_t width, int64_t depth) {
+    for (int64_t k = 0; k < depth; k += F::GROUP) {
+        const int64_t next = k + F::GROUP <= depth ? ld : 0;
+        for (int64_t n = 0; n < N; n += W, to += W * F::GROUP) {
+            const typename F::Weight* at = w + k * ld + n;
+            const bool whole = n + W <= width;
+            store(to, whole ? F::columns(at, next) : F::columns_part(at, next, op::clamp_index(width - n, W)));
+        }
+    }
 }
 
 }  // namespace micro
