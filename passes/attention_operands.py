@@ -62,7 +62,7 @@ def _simpler(operand: Operand, batch: Size, heads: Size, dtype: torch.dtype, sha
         return replace(operand, node=source, swapped=not operand.swapped)
     if (factor := _factor(node)) is not None:
         return replace(operand, node=source, factor=operand.factor * factor)
-    single = _single_heads(node) if share else None
+    single = _single_heads(node, batch, heads) if share else None
     return None if single is None else replace(operand, node=single)
 
 
@@ -98,17 +98,15 @@ def _factor(node: Node) -> float | None:
     return None
 
 
-def _single_heads(node: Node) -> Node | None:
-    """The keys (B, K, S, D) whose heads a node (B, K * G, S, D) repeats G times each."""
-    if val(node).dim() != 4:
-        return None
-    if node.target is aten.expand.default:
+def _single_heads(node: Node, batch: Size, heads: Size) -> Node | None:
+    """The keys (B, K, S, D) whose heads a node (B, K * G, S, D) or (B * K * G, S, D) repeats G times each."""
+    if node.target is aten.expand.default and val(node).dim() == 4:
         return _once(node, 1)
     repeated = _expanded(node.args[0]) if node.target in VIEWS else None
-    if repeated is None:
+    if repeated is None or val(repeated).dim() != 5:
         return None
-    (batch, heads, *rest), wide = val(node).shape, val(repeated).shape
-    if len(wide) != 5 or not same_shape((batch, heads, *rest), (wide[0], wide[1] * wide[2], *wide[3:])):
+    wide, rest = val(repeated).shape, val(node).shape[-2:]
+    if not same_shape((batch, heads, *rest), (wide[0], wide[1] * wide[2], *wide[3:])):
         return None
     once = _once(repeated, 2)
     return None if once is None else _without(once, 2)
