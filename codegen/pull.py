@@ -175,7 +175,11 @@ class Puller:
         terms = (i * s for i, s in zip(index, sizes(value.stride()), strict=True))
         position = self.space.joined(sympy.Add(*terms))
         buffer, dtype, mask = self.buffer(node, stem), compute_dtype(value.dtype), self.mask
-        return self.emit(stem, dtype, lambda out: Load(out, buffer.name, position, dtype, mask))
+        loaded = self.emit(stem, dtype, lambda out: Load(out, buffer.name, position, dtype, mask))
+        if not value.is_neg():
+            return loaded
+        # Memory holds the negative of what the tensor means: the imaginary part of a conjugate is such a view.
+        return self.emit("neg", dtype, lambda out: Compute(out, "neg", (loaded,), dtype))
 
     def store(self, buffer: Buffer, position: sympy.Expr, value: Argument) -> None:
         """Write one element."""
