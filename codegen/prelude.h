@@ -38,7 +38,8 @@ INLINE float from_bfloat16(uint16_t x) {
     return bits<float>(uint32_t(x) << 16);
 }
 
-// Below 2^-14 a half is a multiple of 2^-24: adding 0.5 makes the float adder round to one.
+// In integer arithmetic, because gcc 12 does not vectorize conversions of _Float16. Below 2^-14 a half is a multiple
+// of 2^-24: adding 0.5 makes the float adder round to one.
 INLINE uint16_t to_float16(float x) {
     const uint32_t u = bits<uint32_t>(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
@@ -327,6 +328,13 @@ INLINE float exp(float x) {
     return scale(expm1_small(e.r), e.n);
 }
 
+// exp(x) for |x| <= 80, where 2^n is a float and needs no care.
+INLINE float exp_moderate(float x) {
+    const Reduced e = reduce_exp(x);
+    const float s = power_of_two(e.n);
+    return fma(expm1_small(e.r), s, s);
+}
+
 INLINE float exp2(float x) {
     const float c = clamp(x, -151.0f, 129.0f);
     const float t = c + shifter;
@@ -402,7 +410,8 @@ INLINE float tanh(float x) {
     p = fma(p, z, 0.133314908f);
     p = fma(p, z, -0.333332837f);
     const float small = fma(p * z, x, x);
-    const float large = copysign(1 - 2 / (exp(2 * a) + 1), x);
+    const float b = a > 10 ? 10.0f : a;
+    const float large = copysign(1 - 2 / (exp_moderate(2 * b) + 1), x);
     return a < 0.625f ? small : large;
 }
 
@@ -410,8 +419,7 @@ INLINE float tanh(float x) {
 template <typename T>
 INLINE T sigmoid(T x) {
     const T e = exp(-abs(x));
-    const T positive = 1 / (1 + e);
-    return x < 0 ? e * positive : positive;
+    return (x < 0 ? e : T(1)) / (1 + e);
 }
 
 // Above 1, erf(x) = 1 - exp(-x Q(x)).
@@ -432,8 +440,8 @@ INLINE float erf(float x) {
     q = fma(q, b, 0.635846376f);
     q = fma(q, b, 1.12847555f);
     const float small = fma(p, x, x);
-    const float large = copysign(1 - exp(-b * q), x);
-    return a < 1 ? small : (x != x ? x : large);
+    const float large = copysign(1 - exp_moderate(-b * q), x);
+    return a < 1 ? small : large;
 }
 
 // ---- threads --------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_no_launches_and_no_symbols(cache: Cache) -> None:
 
 
 def test_launch_costs_nanoseconds(cache: Cache) -> None:
-    """Eighty small kernels in one call: far below the 50 microseconds of host time that a program may take."""
+    """Eighty small kernels in one call: far below the 50 microseconds of host time of a whole program."""
     kernels = build([render(scale("double_it", 2))], cache)
     launches = tuple(Launch("double_it", 0, (0, 1), (sympy.Integer(1),)) for _ in range(80))
     (plan,) = build([render_plan("long_plan", launches, (), ())], cache)
