@@ -12,7 +12,8 @@ ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default
 
 
 def _has_value(node: Node) -> bool:
-    return node.op not in ("call_function", "placeholder") or "val" in node.meta
+    # Calls for their effect alone, such as assertions, have no value.
+    return node.op not in ("call_function", "placeholder") or not node.users or "val" in node.meta
 
 
 def _knows_shapes(graph: Graph) -> bool:

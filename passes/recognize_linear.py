@@ -1,8 +1,11 @@
 """Matrix products with a 2-D right side become llmcomp::linear.
 
-linear(x, w, b)              ->  llmcomp.linear(x, w, b, kn=False)
-mm(x, t(w)), addmm(b, x, w)  ->  llmcomp.linear(x, w, None, kn=False), llmcomp.linear(x, w, b, kn=True)
-linear(view(x, [-1, K]))     ->  view(linear(x))        so that the views around it meet and go
+    linear(x, w, b)          ->  llmcomp.linear(x, w, b, kn=False)
+    mm(x, t(w))              ->  llmcomp.linear(x, w, None, kn=False)
+    addmm(b, x, w)           ->  llmcomp.linear(x, w, b, kn=True)
+    linear(view(x, [-1, K])) ->  view(linear(x))
+
+The last so that the views around a flattened product meet, and canonicalize drops them.
 """
 
 import torch

@@ -1,13 +1,13 @@
 """Written-out norms over the last axis become llmcomp::rms_norm and llmcomp::layer_norm.
 
-    h = float32(x); w * cast(h * rsqrt(mean(h * h) + eps))   ->  rms_norm(x, w, eps, plus_one=False,
-    round_first=True) cast(h * rsqrt(mean(h * h) + eps) * (1 + float32(w)))    ->  rms_norm(x, w, eps,
-    plus_one=True, round_first=False) c = h - mean(h); cast(w * (c * rsqrt(mean(c * c) + eps)) + b)  ->
-    layer_norm(x, w, b, eps) native_layer_norm(x, [N], w, b, eps)[0]                  ->  layer_norm(x, w,
-    b, eps)
+    h = float32(x); w * cast(h * rsqrt(mean(h * h) + eps))   ->  rms_norm(x, w, eps, round_first=True)
+    cast(h * rsqrt(mean(h * h) + eps) * (1 + float32(w)))    ->  rms_norm(x, w, eps, plus_one=True)
+    x * rsqrt(sum(x * x) + eps)                              ->  rms_norm(x, None, eps / N) * N ** -0.5
+    c = h - mean(h); w * c * rsqrt(mean(c * c) + eps) + b    ->  layer_norm(x, w, b, eps)
+    native_layer_norm(x, [N], w, b, eps)[0]                  ->  layer_norm(x, w, b, eps)
 
-Casts around the norm are taken in, for the operators compute in float32 inside. `m ** -0.5` and `x /
-sqrt(m)` are known, a weight that is no vector over the last axis stays outside as a product.
+Casts around the norm are taken in, for the operators compute in float32 inside. `m ** -0.5` and
+`x / sqrt(m)` are known; a weight that is no vector over the last axis stays outside as a product.
 """
 
 import operator

@@ -1,13 +1,13 @@
 """Written-out rotary embeddings become llmcomp::rope.
 
-    x * cos + cat([-x[R/2:], x[:R/2]]) * sin                         ->  rope(x, cos, sin,
-    interleaved=False) x * cos + flatten(stack([-x[1::2], x[::2]])) * sin               ->  rope(x, cos,
-    sin, interleaved=True) cat([x[:R/2] * c - x[R/2:] * s, x[R/2:] * c + x[:R/2] * s])      ->  rope(x,
-    cat([c, c]), cat([s, s]), False)
+    x * cos + cat([-x[R/2:], x[:R/2]]) * sin                     ->  rope(x, cos, sin, interleaved=False)
+    x * cos + flatten(stack([-x[1::2], x[::2]])) * sin           ->  rope(x, cos, sin, interleaved=True)
+    cat([x[:R/2] * c - x[R/2:] * s, x[R/2:] * c + x[:R/2] * s])  ->  rope(x, cat([c, c]), cat([s, s]), False)
 
-A rotation the other way (cat([x[R/2:], -x[:R/2]])) gets -sin. Casts of x to float32 before and back after
-are taken in. A rotation of a part of the channels stays a slice, a rope and a cat. Complex products are
-left alone.
+A rotation the other way (cat([x[R/2:], -x[:R/2]])) gets -sin. Even and odd channels whose turned values are
+joined as halves (DeepSeek) are joined before the rope instead. Casts of x to float32 before and back after
+are taken in. A rotation of a part of the channels stays a slice, a rope and a cat. Complex products are left
+alone.
 """
 
 import operator
@@ -226,17 +226,18 @@ def _by_halves(node: Node, report: Report) -> bool:
     plus = operands(_unrounded(lower), aten.add.Tensor)
     if minus is None or plus is None:
         return False
-    for terms in (plus, plus[::-1]):
-        found = _half_terms(minus, terms, interleaved)
-        if found is None:
-            continue
-        x, cos, sin = found
-        if not same_shape(val(node).shape, val(x).shape):
-            report.miss(node, f"the result has another shape than {x.name}")
-            return False
-        _rewrite_halves(node, x, cos, sin, interleaved)
-        return True
-    return False
+    halves = _halves(minus, plus) or _halves(minus, plus[::-1])
+    if halves is None:
+        return False
+    first, second = halves.parts
+    if interleaved and not first.interleaved:
+        report.miss(node, "channels of the two halves are joined in turn")
+        return False
+    if not same_shape(val(node).shape, val(first.of).shape):
+        report.miss(node, f"the result has another shape than {first.of.name}")
+        return False
+    _rewrite_halves(node, halves, interleaved)
+    return True
 
 
 def _unrounded(node: Node) -> Node:
@@ -244,38 +245,48 @@ def _unrounded(node: Node) -> Node:
     return source(node) if is_cast(node) and only_user(source(node)) is node else node
 
 
-def _half_terms(
-    minus: tuple[Node, Node], plus: tuple[Node, Node], interleaved: bool
-) -> tuple[Node, Node, Node] | None:
-    """(x, cos, sin) where minus is (x1 * cos, x2 * sin) and plus is (x2 * cos, x1 * sin)."""
-    found = [_with_part(term, interleaved) for term in (*minus, *plus)]
+@dataclass(frozen=True)
+class Halves:
+    """Both parts of one tensor, as nodes and as what they are, and the angles they are turned by."""
+
+    nodes: tuple[Node, Node]
+    parts: tuple[Part, Part]
+    cos: Node
+    sin: Node
+
+
+def _halves(minus: tuple[Node, Node], plus: tuple[Node, Node]) -> Halves | None:
+    """What the terms are where minus is (x1 * cos, x2 * sin) and plus is (x2 * cos, x1 * sin)."""
+    found = [_with_part(term) for term in (*minus, *plus)]
     products = [f for f in found if f is not None]
     if len(products) != 4:
         return None
-    parts, angles = [part for part, _ in products], [angle for _, angle in products]
-    if [part.second for part in parts] != [False, True, True, False] or len({part.of for part in parts}) != 1:
+    (x1, c), (x2, s), second, first = products
+    one, two = _part(x1), _part(x2)
+    if second != (x2, c) or first != (x1, s) or one is None or two is None:
         return None
-    same = angles[0] is angles[2] and angles[1] is angles[3]
-    return (parts[0].of, angles[0], angles[1]) if same else None
+    ordered = one.of is two.of and one.interleaved == two.interleaved and two.second and not one.second
+    return Halves((x1, x2), (one, two), c, s) if ordered else None
 
 
-def _with_part(node: Node, interleaved: bool) -> tuple[Part, Node] | None:
+def _with_part(node: Node) -> tuple[Node, Node] | None:
     """(half of x, angle) where `node` is their product."""
     pair = operands(node, aten.mul.Tensor)
     for part, angle in (pair, pair[::-1]) if pair is not None else ():
-        found = _part(part)
-        if found is not None and found.interleaved == interleaved:
-            return found, angle
+        if _part(part) is not None and same_shape(val(part).shape, val(node).shape):
+            return part, angle
     return None
 
 
-def _rewrite_halves(node: Node, x: Node, cos: Node, sin: Node, interleaved: bool) -> None:
+def _rewrite_halves(node: Node, halves: Halves, interleaved: bool) -> None:
     graph, last = node.graph, narrowed(node)
-    source = uncast(x)
-    dtype = () if val(last).dtype == val(source).dtype else (val(last).dtype,)
     with graph.inserting_before(last):
-        wide_cos, wide_sin = (_doubled(graph, uncast(angle), interleaved) for angle in (cos, sin))
-        new = insert(graph, OPS.rope.default, source, wide_cos, wide_sin, interleaved, *dtype)
+        x = uncast(halves.parts[0].of)
+        if halves.parts[0].interleaved != interleaved:
+            x = insert(graph, aten.cat.default, list(halves.nodes), -1)
+        dtype = () if val(last).dtype == val(x).dtype else (val(last).dtype,)
+        cos, sin = (_doubled(graph, uncast(angle), interleaved) for angle in (halves.cos, halves.sin))
+        new = insert(graph, OPS.rope.default, x, cos, sin, interleaved, *dtype)
     adopt(last, new)
 
 
