@@ -31,7 +31,12 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
 
     `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called
     for the forward graph, and for the backward graph during the first `backward()`.
+
+    Raises:
+        CaptureError: an input has no memory that anyone can read.
     """
+    for x in inputs:
+        _refuse_unreadable(x)
     trains = needs_grad(gm, inputs)
     if not trains:
         specialize_attributes(gm)
@@ -43,6 +48,16 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
             backward=_marking("backward", compile_graph),
             inference=_marking("inference", compile_graph),
         )
+
+
+def _refuse_unreadable(x: Any) -> None:
+    """Refuse what AOTAutograd traces as if it were an ordinary tensor, and what then crashes when run."""
+    if not isinstance(x, torch.Tensor):
+        return
+    if x.is_mkldnn:
+        raise CaptureError("expected dense tensors, found one in oneDNN's layout: pass x.to_dense() instead")
+    if torch._is_zerotensor(x):
+        raise CaptureError("expected tensors with memory, found a ZeroTensor: pass torch.zeros(...) instead")
 
 
 def needs_grad(gm: GraphModule, inputs: Sequence[Any]) -> bool:
