@@ -18,9 +18,9 @@ from math import sqrt
 import torch
 from torch.fx import Graph, Node
 
-from llmcomp.graph import Size, argument, insert, same_shape, same_size, val
+from llmcomp.graph import Size, argument, insert, is_tensor, only_user, same_shape, same_size, val
 from llmcomp.passes.attention_operands import VIEWS, Operand, read_operand
-from llmcomp.passes.attention_scores import COPIES, RULES, Scores, read_scores, split_change
+from llmcomp.passes.attention_scores import COPIES, Scores, read_scores, split_change
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.layout import adopt
@@ -256,12 +256,17 @@ def _drops_last(user: Node, node: Node) -> bool:
 
 
 def _blocked(logits: Node) -> int:
-    """Nothing was rewritten: say what stands between the product and the softmax, if there is a product."""
-    node: Node | None = logits
-    while node is not None and node.target in RULES:
-        node = next((n for n in node.all_input_nodes if same_shape(val(n).shape, val(node).shape)), None)
-    if node is not None and any(n.target is aten.bmm.default for n in node.all_input_nodes):
-        raise Miss(f"{node.name} is between the product and the softmax")
+    """Nothing was rewritten; the operator that kept scores from being read is a near miss."""
+    seen: set[Node] = set()
+    stack = [logits]
+    while stack:
+        node = stack.pop()
+        for source in set(node.all_input_nodes) - seen:
+            if is_tensor(source) and same_shape(val(source).shape, val(node).shape):
+                if read_scores(source) is not None:
+                    raise Miss(f"{node.name} is between the product and the softmax")
+                stack.append(source)
+                seen.add(source)
     return 0
 
 
@@ -277,7 +282,7 @@ def _attention(scores: Scores, softmax: Node, weights: Weights, sinks: Node | No
     values = weights.product.args[1]
     assert isinstance(values, Node)
     batch, heads = _batch_and_heads(scores, softmax)
-    dtype = val(weights.product).dtype
+    dtype = _rounded_to(weights.product)
     for share in (True, False):
         q = read_operand(scores.q, batch, heads, dtype)
         k = read_operand(scores.k, batch, heads, dtype, swapped=True, share=share)
@@ -291,6 +296,20 @@ def _attention(scores: Scores, softmax: Node, weights: Weights, sinks: Node | No
     inner = scores.scale * q.factor * k.factor
     scale, cap = (inner, 0.0) if scores.cap is None else (inner * scores.cap, scores.cap)
     return Attention(*nodes, scale, changes, cap=cap, sinks=sinks)
+
+
+def _rounded_to(product: Node) -> torch.dtype:
+    """The dtype that the only reader of the product rounds it to, else its own."""
+    node = product
+    while (user := only_user(node)) is not None and user.target in (*COPIES, *MOVES):
+        if val(user).dtype in HALVES and val(user).dtype != val(node).dtype:
+            return val(user).dtype
+        node = user
+    return val(product).dtype
+
+
+MOVES = (aten.transpose.int, aten.permute.default)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def _batch_and_heads(scores: Scores, softmax: Node) -> tuple[Size, Size]:
