@@ -19,7 +19,7 @@ from llmcomp.options import Options, read_options
 from llmcomp.passes import pipeline
 from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.facts import SHAPES
-from llmcomp.program import compile_program
+from llmcomp.program import compile_program, usable
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.target import cpu, detect
@@ -68,7 +68,7 @@ def compile_model(
 def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphReport]:
     """Compile one captured ATen graph, rewriting `gm` in place."""
     captured, start = len(gm.graph.nodes), time.perf_counter()
-    target = detect(options, devices(gm.graph))
+    target = usable(detect(options, devices(gm.graph)), options)
     lowerer = Lowerer()
     passes = () if target.name == "reference" else pipeline(target, lowerer.fits)
     seen = debug.Stages(gm, options)

@@ -5,24 +5,27 @@ of kernels between two Extern calls (for a decode step: one call in all). Its te
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from llmcomp import hostcode
-from llmcomp.codegen.build import Built, Cache, Source
+from llmcomp.codegen.build import Built, Cache, Source, build, find_compiler
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.codegen.lower import Lowered
+from llmcomp.codegen.render import render_cpp, render_triton
 from llmcomp.costs import extern_cost, kernel_cost
 from llmcomp.options import Options
 from llmcomp.passes.partition import read_partition
 from llmcomp.region import Partition, Region
 from llmcomp.report import ExternReport, KernelReport, ProgramReport, StageTime
-from llmcomp.target import Target
+from llmcomp.target import Target, reference
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,23 @@ def compile_program(gm: GraphModule, lowerer: Lowerer, options: Options, target:
     return Executable(run, text, _report(steps, kernels, built, target, clock))
 
 
+def usable(target: Target, options: Options) -> Target:
+    """`target`, or the eager references where the C++ target finds no compiler (one warning says so)."""
+    if target.name != "cpp" or find_compiler(_cache(options)) is not None:
+        return target
+    _warn_no_compiler()
+    return reference(target.device)
+
+
+@cache
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "llmcomp found no C++ compiler ($CXX, c++, g++ or clang++) and calls eager operators instead: results "
+        "are right, nothing is faster. Install one, for instance with `apt install g++`.",
+        stacklevel=2,
+    )
+
+
 def lower_steps(partition: Partition, lowerer: Lowerer) -> list[Step]:
     """Regions with their kernels, in order."""
     return [
@@ -92,7 +112,7 @@ def render_all(steps: Sequence[Step], target: Target) -> tuple[list[Source], lis
 
     Equal layers give equal descriptions, so they share a source; its comment names the nodes of the first.
     """
-    render = renderer(target)
+    render = render_triton if target.name == "triton" else render_cpp
     sources: list[Source] = []
     by_kernel: dict[object, int] = {}
     which: list[int] = []
@@ -105,17 +125,6 @@ def render_all(steps: Sequence[Step], target: Target) -> tuple[list[Source], lis
             sources.append(render(step.lowered.kernel, comment(step.region)))
         which.append(by_kernel[step.lowered.kernel])
     return sources, which
-
-
-def renderer(target: Target) -> Callable[..., Source]:
-    """The printer of a target."""
-    if target.name == "triton":
-        from llmcomp.codegen import triton
-
-        return triton.render
-    from llmcomp.codegen import cpp
-
-    return cpp.render
 
 
 def comment(region: Region) -> tuple[str, ...]:
@@ -134,15 +143,11 @@ def _describe(node: Node) -> str:
 
 def build_all(sources: Sequence[Source], options: Options) -> Sequence[Built]:
     """Compile what the cache does not hold yet."""
-    from llmcomp.codegen.build import build
-
     return build(sources, _cache(options))
 
 
 @cache
 def _cache_of(root: str) -> Cache:
-    from pathlib import Path
-
     return Cache(Path(root))
 
 

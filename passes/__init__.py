@@ -9,6 +9,14 @@ from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
 from llmcomp.passes.groups import Fits, Library
 from llmcomp.passes.partition import partition
+from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
+from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
+from llmcomp.passes.recognize_cache import RECOGNIZE_CACHE
+from llmcomp.passes.recognize_gated import RECOGNIZE_GATED
+from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
+from llmcomp.passes.recognize_norm import RECOGNIZE_NORM
+from llmcomp.passes.recognize_rope import RECOGNIZE_ROPE
+from llmcomp.passes.share import SHARE
 from llmcomp.target import Target
 
 
@@ -16,7 +24,15 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
     """The compiler, in order. `fits` says why a region cannot be one kernel, or None where it can."""
     library = _left_to_library(target)
     return (
+        RECOGNIZE_CACHE,  # index_copy and copy_ of static caches -> cache_write_, in place
+        RECOGNIZE_LINEAR,  # linear, addmm and mm of views -> llmcomp.linear
         CANONICALIZE,  # one spelling per operator, no-ops gone
+        SHARE,  # what is computed twice is computed once
+        RECOGNIZE_NORM,  # chains of mean, rsqrt and mul -> rms_norm, layer_norm
+        RECOGNIZE_ROPE,  # rotations of pairs of channels -> rope
+        RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
+        RECOGNIZE_GATED,  # act(gate) * up -> gated
+        RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
         fuse_siblings(fits, library),  # q, k and v; gate and up: one kernel reads the operand once
         fuse_epilogue(fits),  # bias, residual, activation, rotary embedding, cache write
         fuse_prologue(fits, rows, most_rows=16),  # the norm before a linear layer
