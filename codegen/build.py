@@ -256,11 +256,19 @@ def openmp_runtimes() -> list[Path]:
 
 
 def _works(command: Sequence[str], flags: Sequence[str]) -> bool:
+    """Whether the probe compiles, loads (clang links without an OpenMP runtime, silently) and computes."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
+        source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text(PROBE)
-        library = Path(folder) / "probe.so"
-        return _run(compile_command(command, flags, source, library)).returncode == 0 and library.exists()
+        if _run(compile_command(command, flags, source, library)).returncode != 0:
+            return False
+        try:
+            function = ctypes.CDLL(str(library))["probe"]
+        except OSError:
+            return False
+        function.restype = ctypes.c_double
+        zeros = (ctypes.c_double * 3)()
+        return bool(function(zeros, ctypes.c_int64(3), ctypes.c_int64(1)) == 3)
 
 
 def compile_command(command: Sequence[str], flags: Sequence[str], source: Path, library: Path) -> list[str]:

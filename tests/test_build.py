@@ -138,9 +138,10 @@ def test_no_compiler(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         build([SOURCE], cache)
 
 
-def test_compiler_that_does_not_work_counts_as_none(cache: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["exit 1", "exit 0", 'for last; do :; done; echo no library > "$last"'])
+def test_compiler_that_does_not_work_counts_as_none(cache: Cache, tmp_path: Path, script: str) -> None:
     broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.write_text(f"#!/bin/sh\n{script}\n")
     broken.chmod(0o755)
     assert find_compiler(cache, str(broken)) is None
     assert find_compiler(cache, "no-such-compiler") is None
