@@ -5,6 +5,7 @@ A configuration is chosen by the class of the shape, with no search. tune.py sea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -23,8 +24,13 @@ class Config:
         return dict(self.blocks)[block]
 
     def options(self) -> dict[str, int]:
-        """The keyword arguments of a launch."""
-        return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
+        """The keyword arguments of a launch. Fused multiply-adds are named: Triton's default changes."""
+        return {
+            **dict(self.blocks),
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
 
 
 def power(n: int) -> int:
@@ -100,3 +106,93 @@ def long_rows_config(rows: int, columns: int) -> Config:
 def long_rows_configs(rows: int, columns: int) -> tuple[Config, ...]:
     """Candidates for Rows that are walked in chunks."""
     return LONG_ROWS
+
+
+# ---- Contract -----------------------------------------------------------------------------------------
+
+
+class Product(NamedTuple):
+    """The sizes of a Contract."""
+
+    rows: int
+    columns: int  # weight rows, over all sections and accumulators
+    depth: int
+    parts: int = 1  # accumulators of a section
+    width: int = 0  # columns that a program must own together; 0 where any number will do
+    bytes: int = 2  # of an element of the weights
+    experts: int = 1
+
+
+def _divisor(depth: int, wanted: int) -> int:
+    """The largest power of two up to `wanted` that divides `depth`; 64 at least, which may be masked."""
+    return max(64, min(wanted, depth & -depth))
+
+
+def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
+    """A thread holds `elements` products of each step."""
+    rows = min(power(-(-shape.rows // shape.experts)), 4)
+    depth = _divisor(shape.depth, block_k)
+    block_n = shape.width or min(128, max(1, elements * 32 * warps // (depth * rows * shape.parts)))
+    if shape.width:  # the columns are given: take what depth is left
+        depth = max(16, min(depth, power(elements * 32 * warps // (block_n * rows * shape.parts))))
+    blocks = (("BLOCK_M", rows), ("BLOCK_N", block_n), ("BLOCK_K", depth))
+    return Config(blocks, warps, 1, "gemv")
+
+
+def gemv_config(shape: Product) -> Config:
+    """For few rows: 32 products a thread keep four 16-byte loads of weights under way."""
+    return _gemv(shape, 1024, 32 if shape.rows <= shape.experts else 64, 8 if shape.width else 4)
+
+
+def gemv_configs(shape: Product) -> tuple[Config, ...]:
+    """Candidates for few rows."""
+    found = {
+        _gemv(shape, block_k, elements, warps)
+        for block_k in (256, 512, 1024, 2048)
+        for elements in (16, 32, 64)
+        for warps in (1, 2, 4, 8)
+    }
+    return tuple(sorted(found, key=str))
+
+
+def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
+    block_n = shape.width or block_n
+    block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(32, _divisor(shape.depth, 32))
+    blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
+    return Config(blocks, warps, stages, "dot")
+
+
+def _fits(config: Config, shape: Product) -> bool:
+    """Whether the accumulators fit in registers and the pipeline in 160 KiB of shared memory."""
+    accumulators = config["BLOCK_M"] * config["BLOCK_N"] * shape.parts
+    columns = config["BLOCK_M"] + config["BLOCK_N"] * shape.parts
+    stage = columns * config["BLOCK_K"] * shape.bytes
+    return accumulators <= 128 * 32 * config.warps and stage * config.stages <= 160 * 1024
+
+
+def dot_config(shape: Product) -> Config:
+    """For more rows: the tile grows with the rows, as far as the accumulators fit."""
+    rows = -(-shape.rows // shape.experts)
+    if rows <= 16:
+        guesses = [_dot(shape, 16, 32, 128, 4, 4)]
+    elif rows <= 64:
+        guesses = [_dot(shape, power(rows), 64, 64, 4, 4), _dot(shape, 32, 32, 64, 4, 3)]
+    else:
+        guesses = [_dot(shape, 128, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
+    smaller = [_dot(shape, 32, 32, 64, 8, 2), _dot(shape, 16, 16, 64, 8, 2)]
+    return next(c for c in [*guesses, *smaller] if _fits(c, shape) or c == smaller[-1])
+
+
+def dot_configs(shape: Product) -> tuple[Config, ...]:
+    """Candidates for more rows."""
+    rows = power(-(-shape.rows // shape.experts))
+    found = {
+        _dot(shape, block_m, block_n, block_k, warps, stages)
+        for block_m in (16, 32, 64, 128)
+        for block_n in (32, 64, 128)
+        for block_k in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (3, 4)
+        if block_m <= max(16, rows) and block_m * block_n * block_k >= 64 * 1024
+    }
+    return tuple(sorted((c for c in found if _fits(c, shape)), key=str))

@@ -3,7 +3,7 @@
 Map and Rows are printed here, Contract and Attend by triton_contract.py and triton_attend.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy
@@ -11,14 +11,10 @@ import sympy
 from llmcomp.codegen.build import Source
 from llmcomp.codegen.kernel import (
     Attend,
-    Axis,
     Contract,
     Kernel,
-    Load,
     Map,
-    Reduce,
     Rows,
-    Statement,
     Store,
     inputs,
     phases,
@@ -29,11 +25,9 @@ from llmcomp.codegen.triton_body import (
     Dim,
     Tile,
     Writer,
-    accumulators,
+    chunks,
     indexed,
-    loop_lines,
     make_buffers,
-    reduced,
     spell,
     statements,
 )
@@ -43,6 +37,7 @@ from llmcomp.codegen.triton_file import (
     decode,
     extents_function,
     file_head,
+    flatten,
     jit_function,
     launch_function,
 )
@@ -71,7 +66,7 @@ def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
 def render_map(kernel: Map) -> str:
     """The text of a Map: the points of all axes in one line, a block of them for each program."""
     point = sympy.Symbol("@point", integer=True, nonnegative=True)
-    body = tuple(_flatten(s, kernel.axes, point) for s in kernel.body)
+    body = tuple(flatten(s, kernel.axes, point) for s in kernel.body)
     used = {name for s in body for name in inputs(s)}
     tile = Tile(
         make_buffers(kernel.buffers),
@@ -90,34 +85,13 @@ def render_map(kernel: Map) -> str:
     return w.text()
 
 
-def _flatten(s: Statement, axes: Sequence[Axis], point: sympy.Symbol) -> Statement:
-    """Addresses that number the points of all axes row by row become `point`."""
-    if not isinstance(s, Load | Store):
-        return s
-    return replace(s, index=flattened(s.index, axes, point))
-
-
-def flattened(expr: sympy.Expr, axes: Sequence[Axis], point: sympy.Symbol) -> sympy.Expr:
-    """`expr` with step * (row-major position in `axes`) written as step * point, where it is of that form."""
-    if not axes:
-        return expr
-    expr = sympy.expand(expr)
-    step = expr.coeff(axes[-1].symbol)
-    position: sympy.Expr = sympy.Integer(0)
-    for axis in axes:
-        position = position * axis.size + axis.symbol
-    rest = sympy.expand(expr - step * position)
-    symbols = {a.symbol for a in axes}
-    if step == 0 or symbols & (step.free_symbols | rest.free_symbols):
-        return expr
-    return step * point + rest
-
-
 # ---- Rows ---------------------------------------------------------------------------------------------
 
 
 def render_rows(kernel: Rows) -> str:
     """The text of a Rows: a program owns ROWS rows, each whole or in chunks of COLS elements."""
+    row = sympy.Symbol("@row", integer=True, nonnegative=True)
+    kernel = replace(kernel, body=tuple(flatten(s, kernel.axes, row) for s in kernel.body))
     size = kernel.inner.size
     whole = bool(size.is_Integer and int(size) <= WHOLE_ROW)
     w = Writer()
@@ -134,12 +108,9 @@ def render_rows(kernel: Rows) -> str:
 
 
 def _row_head(w: Writer, kernel: Rows) -> None:
-    one = len(kernel.axes) == 1
-    row = spell(str(kernel.axes[0].symbol)) if one else "row"
-    w.line(f"{row} = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)[:, None]")
-    w.line(f"row_inside = {row} < {indexed(count(kernel.axes))}")
-    if not one:
-        w.lines(decode("row", kernel.axes, {n for s in kernel.body for n in inputs(s)}))
+    w.line("row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)[:, None]")
+    w.line(f"row_inside = row < {indexed(count(kernel.axes))}")
+    w.lines(decode("row", kernel.axes, {n for s in kernel.body for n in inputs(s)}))
 
 
 def _row_tile(kernel: Rows, block: str, inside: str) -> Tile:
@@ -147,7 +118,8 @@ def _row_tile(kernel: Rows, block: str, inside: str) -> Tile:
     return Tile(
         make_buffers(kernel.buffers),
         (Dim("row", "ROWS", "row_inside"), Dim("col", block, inside)),
-        {str(a.symbol): frozenset({"row"}) for a in kernel.axes} | {col: frozenset({"col"})},
+        {n: frozenset({"row"}) for n in ("@row", *(str(a.symbol) for a in kernel.axes))}
+        | {col: frozenset({"col"})},
         inner="col",
         inner_at=spell(col),
     )
@@ -173,20 +145,4 @@ def _long_rows(w: Writer, kernel: Rows) -> None:
         once = [s for s in phase.body if isinstance(s, Store) and not varying.intersection(inputs(s))]
         w.lines(statements(once, tile))
         if len(once) < len(phase.body):
-            chunks(w, [s for s in phase.body if s not in once], kernel.inner, tile, "COLS", "col_inside")
-
-
-def chunks(w: Writer, body: Iterable[Statement], inner: Axis, tile: Tile, block: str, inside: str) -> None:
-    """A loop along `inner` by steps of `block`, with the accumulators of its reductions."""
-    body = tuple(body)
-    ends = [s for s in body if isinstance(s, Reduce)]
-    col = spell(str(inner.symbol))
-    # What is reduced has to be known before the loop is printed, for the shapes of the accumulators.
-    statements([s for s in body if not isinstance(s, Reduce | Store)], tile)
-    w.lines(accumulators(ends, tile))
-    with w.block(f"for start in range(0, {indexed(inner.size)}, {block})"):
-        w.line(f"{col} = start + tl.arange(0, {block})[None, :]")
-        w.line(f"{inside} = {col} < {indexed(inner.size)}")
-        w.lines(loop_lines(body, tile))
-    for s in ends:
-        w.lines(reduced(s, tile))
+            chunks(w, [s for s in phase.body if s not in once], kernel.inner, tile)

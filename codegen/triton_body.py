@@ -15,6 +15,7 @@ import torch
 
 from llmcomp.codegen.kernel import (
     Argument,
+    Axis,
     Body,
     Buffer,
     Check,
@@ -33,7 +34,8 @@ RESERVED = frozenset(
     """and as assert break class continue def del elif else except False finally for from global if import in
     is lambda None nonlocal not or pass raise return True try while with yield float int bool min max range
     tl triton prelude launches program start point row rows inside row_inside col_inside k_inside status_ptr
-    buffers sizes config configs status grid extents launch points columns""".split()
+    buffers sizes config configs status grid extents launch points columns
+    tiles depth operand expert first_row end_row start_row shape choose kernel BLOCK_N""".split()
 )
 
 Dims = frozenset[str]
@@ -280,8 +282,8 @@ def _store(s: Store, tile: Tile) -> str:
 REDUCTIONS: dict[str, tuple[str, str]] = {
     "sum": ("total", "{acc} += {value}"),
     "prod": ("product", "{acc} *= {value}"),
-    "max": ("largest", "{acc} = tl.maximum({acc}, {value}, propagate_nan=tl.PropagateNan.ALL)"),
-    "min": ("smallest", "{acc} = tl.minimum({acc}, {value}, propagate_nan=tl.PropagateNan.ALL)"),
+    "max": ("largest", "{acc} = prelude.maximum({acc}, {value})"),
+    "min": ("smallest", "{acc} = prelude.minimum({acc}, {value})"),
     "any": ("any_true", "{acc} = {acc} | ({value} != 0)"),
     "all": ("all_true", "{acc} = {acc} & ({value} != 0)"),
 }
@@ -391,3 +393,20 @@ def loop_lines(body: Body, tile: Tile) -> list[str]:
     return [
         line for s in body for line in (accumulate(s, tile) if isinstance(s, Reduce) else statement(s, tile))
     ]
+
+
+def chunks(w: Writer, body: Iterable[Statement], inner: Axis, tile: Tile) -> None:
+    """A loop along `inner` by steps of the tile's block, with the accumulators of its reductions."""
+    body = tuple(body)
+    ends = [s for s in body if isinstance(s, Reduce)]
+    col, extent, dim = spell(str(inner.symbol)), indexed(inner.size), tile.dim(tile.inner)
+    # What is reduced has to be known before the loop is printed, for the shapes of the accumulators.
+    statements([s for s in body if not isinstance(s, Reduce | Store)], tile)
+    w.lines(accumulators(ends, tile))
+    with w.block(f"for start in range(0, {extent}, {dim.block})"):
+        w.line(f"{col} = start + tl.arange(0, {dim.block})[None, :]")
+        if dim.inside:
+            w.line(f"{dim.inside} = {col} < {extent}")
+        w.lines(loop_lines(body, tile))
+    for s in ends:
+        w.lines(reduced(s, tile))

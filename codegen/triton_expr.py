@@ -77,16 +77,8 @@ TABLE: dict[str, str | dict[str, str]] = {
     "fmod": {"float": "prelude.fmod({0}, {1})", "int": "{0} % {1}"},
     "pow": {"float": "prelude.pow({0}, {1})", "int": "prelude.power({0}, {1})"},
     "atan2": {"float": "prelude.atan2({0}, {1})"},
-    "minimum": {
-        "float": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-        "int": "tl.minimum({0}, {1})",
-        "bool": "{0} & {1}",
-    },
-    "maximum": {
-        "float": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
-        "int": "tl.maximum({0}, {1})",
-        "bool": "{0} | {1}",
-    },
+    "minimum": {"float": "prelude.minimum({0}, {1})", "int": "tl.minimum({0}, {1})", "bool": "{0} & {1}"},
+    "maximum": {"float": "prelude.maximum({0}, {1})", "int": "tl.maximum({0}, {1})", "bool": "{0} | {1}"},
     "fmin": {"float": "tl.minimum({0}, {1})", "int": "tl.minimum({0}, {1})", "bool": "{0} & {1}"},
     "fmax": {"float": "tl.maximum({0}, {1})", "int": "tl.maximum({0}, {1})", "bool": "{0} | {1}"},
     "eq": "{0} == {1}",

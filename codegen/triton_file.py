@@ -9,10 +9,11 @@ def launch(buffers, sizes, config, status)         computes the grid and launche
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import sympy
 
-from llmcomp.codegen.kernel import Axis, Body, Check, Kernel
+from llmcomp.codegen.kernel import Axis, Body, Check, Kernel, Load, Statement, Store
 from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.codegen.triton_expr import host
 
@@ -77,6 +78,29 @@ def _factor(expr: sympy.Expr) -> str:
     return text if expr.is_Integer or expr.is_Symbol else f"({text})"
 
 
+def flatten(s: Statement, axes: Sequence[Axis], point: sympy.Symbol) -> Statement:
+    """Addresses that number the points of all axes row by row become `point`."""
+    if not isinstance(s, Load | Store):
+        return s
+    return replace(s, index=flattened(s.index, axes, point))
+
+
+def flattened(expr: sympy.Expr, axes: Sequence[Axis], point: sympy.Symbol) -> sympy.Expr:
+    """`expr` with step * (row-major position in `axes`) written as step * point, where it is of that form."""
+    if not axes:
+        return expr
+    expr = sympy.expand(expr)
+    step = expr.coeff(axes[-1].symbol)
+    position: sympy.Expr = sympy.Integer(0)
+    for axis in axes:
+        position = position * axis.size + axis.symbol
+    rest = sympy.expand(expr - step * position)
+    symbols = {a.symbol for a in axes}
+    if step == 0 or symbols & (step.free_symbols | rest.free_symbols):
+        return expr
+    return step * point + rest
+
+
 def tuple_text(items: Sequence[str]) -> str:
     """The text of a tuple, without parentheses where Python needs none."""
     return f"({items[0]},)" if len(items) == 1 else ", ".join(items)
@@ -88,6 +112,11 @@ def unpack(w: Writer, names: Sequence[str], source: str) -> None:
         w.line(f"{tuple_text(names)} = {source}")
 
 
+def host_text(expr: sympy.Expr) -> str:
+    """An integer expression of sizes in a launcher."""
+    return host(expr, {str(s): spell(str(s)) for s in expr.free_symbols})
+
+
 def extents_function(w: Writer, sizes: Sequence[sympy.Symbol], extents: Mapping[str, sympy.Expr]) -> None:
     """Print `extents(sizes)`: the loop sizes by which a launch configuration is chosen."""
     w.line()
@@ -95,8 +124,7 @@ def extents_function(w: Writer, sizes: Sequence[sympy.Symbol], extents: Mapping[
     with w.block("def extents(sizes)"):
         w.line(f'"""{", ".join(extents).capitalize()}."""')
         unpack(w, [spell(str(s)) for s in sizes], "sizes")
-        values = [host(e, {str(s): spell(str(s)) for s in e.free_symbols}) for e in extents.values()]
-        w.line(f"return {tuple_text(values)}")
+        w.line(f"return {tuple_text([host_text(e) for e in extents.values()])}")
 
 
 def configs_function(w: Writer, family: str) -> None:

@@ -17,12 +17,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 def device(function: Callable[..., tl.tensor]) -> Callable[..., tl.tensor]:
     """`triton.jit`, but plain Python under the interpreter, where a call of a jitted function takes long."""
-    return function if INTERPRETED else triton.jit(function)
+    jitted: Callable[..., tl.tensor] = function if INTERPRETED else triton.jit(function)
+    return jitted
 
 
 def combiner(function: Callable[..., tl.tensor]) -> Callable[..., tl.tensor]:
     """What `tl.reduce` takes: always a jitted function."""
-    return triton.jit(function)
+    jitted: Callable[..., tl.tensor] = triton.jit(function)
+    return jitted
 
 
 # ---- values in memory ---------------------------------------------------------------------------------
@@ -149,6 +151,18 @@ def lesser(x: tl.tensor, best: tl.tensor) -> tl.tensor:
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------------
+
+
+@device
+def maximum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """The larger; NaN if one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@device
+def minimum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """The smaller; NaN if one is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @device
@@ -297,8 +311,7 @@ def exp(x: tl.tensor) -> tl.tensor:
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        x = tl.maximum(x, -110.0, propagate_nan=tl.PropagateNan.ALL)
-        x = tl.minimum(x, 90.0, propagate_nan=tl.PropagateNan.ALL)
+        x = minimum(maximum(x, -110.0), 90.0)
         whole = tl.floor(x * 1.4426950408889634 + 0.5)
         part = tl.fma(whole, -0.693359375, x)
         part = tl.fma(whole, 2.12194440e-4, part)
@@ -372,7 +385,7 @@ def power(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 @device
 def tanh(x: tl.tensor) -> tl.tensor:
     """The hyperbolic tangent."""
-    growth = expm1(2 * tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL))
+    growth = expm1(2 * minimum(tl.abs(x), 20.0))
     return copysign(div(growth, growth + 2), x)
 
 

@@ -25,8 +25,9 @@ from llmcomp.codegen.kernel import (
     Store,
 )
 from llmcomp.codegen.launch import Config, power
-from llmcomp.codegen.triton import flattened, render
+from llmcomp.codegen.triton import render
 from llmcomp.codegen.triton_expr import TABLE, host, index, literal
+from llmcomp.codegen.triton_file import flattened
 from tests.numerics import assert_equal_float32, assert_no_worse
 from tests.triton_kernels import axis, every_config, run, symbol
 from tests.triton_worker import interpreted
@@ -726,15 +727,13 @@ def softmax(x_ptr, out_ptr, top_ptr, s0, INDEX: tl.constexpr, ROWS: tl.constexpr
     h = row % 3
     c = tl.arange(0, 128)[None, :]
     col_inside = c < 100
-    x = tl.load(x_ptr + b * 300 + h * 100 + c, mask=row_inside & col_inside).to(tl.float32)
+    x = tl.load(x_ptr + row * 100 + c, mask=row_inside & col_inside).to(tl.float32)
     top = prelude.largest(tl.where(col_inside, x, float("-inf")), 1)
     shifted = x - top
     e = prelude.exp(shifted)
     total = prelude.total(tl.where(col_inside, e, 0.0), 1)
     y = prelude.div(e, total)
-    tl.store(
-        out_ptr + b * 300 + h * 100 + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside
-    )
+    tl.store(out_ptr + row * 100 + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside)
     tl.store(top_ptr + h * s0 + b, top, mask=row_inside)
 
 
@@ -784,15 +783,15 @@ def softmax(
     for start in range(0, s1, COLS):
         c = start + tl.arange(0, COLS)[None, :]
         col_inside = c < s1
-        x = tl.load(x_ptr + s1 * (b * 3 + h) + c, mask=row_inside & col_inside).to(tl.float32)
-        top_acc = tl.maximum(top_acc, tl.where(col_inside, x, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+        x = tl.load(x_ptr + row * s1 + c, mask=row_inside & col_inside).to(tl.float32)
+        top_acc = prelude.maximum(top_acc, tl.where(col_inside, x, float("-inf")))
     top = prelude.largest(top_acc, 1)
     tl.store(top_ptr + h * s0 + b, top, mask=row_inside)
     total_acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, s1, COLS):
         c = start + tl.arange(0, COLS)[None, :]
         col_inside = c < s1
-        x = tl.load(x_ptr + s1 * (b * 3 + h) + c, mask=row_inside & col_inside).to(tl.float32)
+        x = tl.load(x_ptr + row * s1 + c, mask=row_inside & col_inside).to(tl.float32)
         shifted = x - top
         e = prelude.exp(shifted)
         total_acc += tl.where(col_inside, e, 0.0)
@@ -800,13 +799,11 @@ def softmax(
     for start in range(0, s1, COLS):
         c = start + tl.arange(0, COLS)[None, :]
         col_inside = c < s1
-        x = tl.load(x_ptr + s1 * (b * 3 + h) + c, mask=row_inside & col_inside).to(tl.float32)
+        x = tl.load(x_ptr + row * s1 + c, mask=row_inside & col_inside).to(tl.float32)
         shifted = x - top
         e = prelude.exp(shifted)
         y = prelude.div(e, total)
-        tl.store(
-            out_ptr + s1 * (b * 3 + h) + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside
-        )
+        tl.store(out_ptr + row * s1 + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside)
 
 
 def extents(sizes):
