@@ -38,7 +38,7 @@ from llmcomp.codegen.kernel import (
 )
 
 # Elements that a float32 sum adds up before the partial result joins a total kept in double.
-SUM_BLOCK = 512
+SUM_BLOCK = 256
 
 
 @dataclass

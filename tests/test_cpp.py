@@ -469,8 +469,8 @@ static void softmax_bfloat16_part(const bf16* x, bf16* z, int64_t n, int64_t m, 
             v1 = op::maximum(v1, v0);
         }
         double v4_total = 0;
-        for (int64_t start = 0; start < m; start += 512) {
-            const int64_t stop = op::minimum<int64_t>(start + 512, m);
+        for (int64_t start = 0; start < m; start += 256) {
+            const int64_t stop = op::minimum<int64_t>(start + 256, m);
             float v4_part = 0;
             #pragma omp simd reduction(+ : v4_part)
             for (int64_t i2 = start; i2 < stop; ++i2) {
