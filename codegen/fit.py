@@ -1,7 +1,7 @@
 """Lowering with memory: layers that are alike are lowered once.
 
-Two regions are alike when they hold the same operators with the same constants, wired in the same way, over values
-of the same dtype, shape and strides; symbolic sizes count by order of appearance, not by name.
+Two regions are alike when they hold the same operators with the same constants, wired in the same way, over
+values of the same dtype, shape and strides; symbolic sizes count by order of appearance, not by name.
 """
 
 from collections.abc import Set
@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
 from llmcomp.codegen.index import size
-from llmcomp.codegen.lower import Lowered, lower
+from llmcomp.codegen.lower import lower
+from llmcomp.codegen.lowered import Lowered
 from llmcomp.region import Region, Unfit
 
 

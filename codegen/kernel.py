@@ -121,7 +121,8 @@ isnan isinf""".split()
 BINARY = """add sub mul div floor_div trunc_div remainder fmod pow atan2 minimum maximum fmin fmax
 eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor shift_left
 shift_right copysign hypot""".split()
-# where(condition, a, b); convert(value) to `dtype`; round_bfloat16/round_float16: float32 -> float32, rounded to
+# where(condition, a, b); convert(value) to `dtype`; round_bfloat16/round_float16: float32 -> float32,
+# rounded to
 # what the narrow type can hold; constant(number) of `dtype`; fma(a, b, c).
 OTHER = ["where", "convert", "round_bfloat16", "round_float16", "constant", "fma"]
 OPERATIONS: tuple[str, ...] = (*UNARY, *BINARY, *OTHER)
@@ -142,8 +143,8 @@ class Map:
 class Rows:
     """For every point of `axes`: `body`, with `Reduce` statements along `inner`.
 
-    Statements run in order. One that depends on `inner` (through an index or a value) is a vector along the row,
-    any other is a scalar of the row; `phases` below gives the loops.
+    Statements run in order. One that depends on `inner` (through an index or a value) is a vector along the
+    row, any other is a scalar of the row; `phases` below gives the loops.
     """
 
     name: str
@@ -156,7 +157,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix operand of a Contract: element (row, k) of expert e is at offset + e*expert_stride + row*row_stride + k*k_stride.
+    """A matrix operand of a Contract: element (row, k) of expert e is at offset + e*expert_stride +
+    row*row_stride + k*k_stride.
 
     k_stride is 1 for `nn.Linear` weights (N, K) and N for GPT-2's Conv1D (K, N), where row_stride is 1.
     """
@@ -181,8 +183,8 @@ class Accumulator:
 class Section:
     """One run of output columns of a Contract: `axes` enumerate the columns (last one innermost).
 
-    Every accumulator's `row` is an expression of `axes`, affine with step 1 in the last axis in the common case.
-    The two rotary halves of a head are two accumulators: axes (h, c), rows h*D + c and h*D + c + D/2.
+    Every accumulator's `row` is an expression of `axes`, affine with step 1 in the last axis in the common
+    case. The two rotary halves of a head are two accumulators: axes (h, c), rows h*D + c and h*D + c + D/2.
     `Reduce` statements in the epilogue run along the last axis (a norm within a head).
     """
 
@@ -195,9 +197,9 @@ class Section:
 class Contract:
     """Rows of an operand times one or more weight matrices.
 
-    `operand` is a body over (`rows`, `depth`) with reductions along `depth` (a norm in the prologue); the value
-    `operand_value` is what is multiplied. `operand_dtype` is the dtype that the graph holds the operand in: the
-    printers may keep it in that dtype (tensor cores) or in float32.
+    `operand` is a body over (`rows`, `depth`) with reductions along `depth` (a norm in the prologue); the
+    value `operand_value` is what is multiplied. `operand_dtype` is the dtype that the graph holds the
+    operand in: the printers may keep it in that dtype (tensor cores) or in float32.
     `experts`, where given, names an int32/int64 buffer of E cumulative row ends (expert e owns the rows
     [ends[e-1], ends[e]) of the operand) and weights use `expert_stride`.
     """
@@ -228,11 +230,11 @@ class Strided:
 class Attend:
     """out[b, h, i] = softmax_j(score(b, h, i, j)) . v[b, h // group, j].
 
-    `score` is a body over the axes batch, heads, queries, keys that reads the float32 value "score" (scale * q.k,
-    already computed) and leaves the final score in `score_value` (soft cap, bias, -inf where masked). Keys outside
-    [`key_start`, `key_end`), expressions of the queries axis and sizes, are known to be masked and are not visited.
-    Rows with no visible key give zeros. `sinks`, where given, is a buffer of one float per head that joins the softmax
-    denominator (and the maximum) without a value.
+    `score` is a body over the axes batch, heads, queries, keys that reads the float32 value "score" (scale *
+    q.k, already computed) and leaves the final score in `score_value` (soft cap, bias, -inf where masked).
+    Keys outside [`key_start`, `key_end`), expressions of the queries axis and sizes, are known to be masked
+    and are not visited. Rows with no visible key give zeros. `sinks`, where given, is a buffer of one float
+    per head that joins the softmax denominator (and the maximum) without a value.
     """
 
     name: str
@@ -264,7 +266,8 @@ Kernel = Map | Rows | Contract | Attend
 class Phase:
     """One loop along the inner axis of a row: `body` ends in at most one layer of reductions or in stores.
 
-    `scalars` run once, before the loop: statements that are constant along the axis and were not available before.
+    `scalars` run once, before the loop: statements that are constant along the axis and were not available
+    before.
     """
 
     scalars: Body
@@ -305,8 +308,9 @@ def vectors(body: Sequence[Statement], inner: sympy.Symbol, seeds: Sequence[str]
 def phases(body: Sequence[Statement], inner: sympy.Symbol, seeds: Sequence[str] = ()) -> tuple[Phase, ...]:
     """Split the body of a row into loops along `inner`.
 
-    A reduction ends a phase; vector statements that a later phase needs again are repeated in it (loads hit the
-    cache, arithmetic is cheap next to memory), so that no row has to be kept. Accumulators (`seeds`) are never repeated.
+    A reduction ends a phase; vector statements that a later phase needs again are repeated in it (loads hit
+    the cache, arithmetic is cheap next to memory), so that no row has to be kept. Accumulators (`seeds`) are
+    never repeated.
     """
     varying = vectors(body, inner, seeds)
     level: dict[str, int] = {}

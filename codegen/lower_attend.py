@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
 from llmcomp.codegen.index import ZERO, Space, axis_symbol, size
-from llmcomp.codegen.lower import Lowered, finish, kernel_name, members
+from llmcomp.codegen.lowered import Lowered, finish, kernel_name, members
 from llmcomp.codegen.pull import Puller, broadcast, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.codegen.rules_reduce import argument
@@ -33,7 +33,7 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
     group = hint(fake(q).shape[1]) // hint(fake(k).shape[1])
     space = Space({a.symbol: a.size for a in (batch, heads, queries, keys)})
     p = Puller(space, members(region, inlined).__contains__, rules())
-    operands = [_strided(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v"))]
+    q_at, k_at, v_at = (_strided(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v")))
     value, start, end = _score(p, node, (b, h, i, j), queries, keys)
     sinks = argument(node, "sinks")
     sink_buffer = p.buffer(sinks, "sinks").name if isinstance(sinks, Node) else None
@@ -41,12 +41,12 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
         raise Unfit("sinks are computed")
     out = p.buffer(node, "out")
     p.buffers[node] = K.Buffer(out.name, out.dtype, written=True)
-    destination = K.Strided(out.name, tuple(size(s) for s in fake(node).stride()))  # type: ignore[arg-type]
+    destination = K.Strided(out.name, tuple(size(s) for s in fake(node).stride()))
     return finish(
         p,
         lambda buffers, symbols: K.Attend(
             kernel_name(region), buffers, symbols, batch, heads, queries, keys, group,
-            hint(fake(q).shape[3]), hint(fake(v).shape[3]), *operands, destination,
+            hint(fake(q).shape[3]), hint(fake(v).shape[3]), q_at, k_at, v_at, destination,
             float(argument(node, "scale")),  # type: ignore[arg-type]
             tuple(p.statements), value, start, end, sink_buffer,
         ),
@@ -67,7 +67,7 @@ def _strided(p: Puller, node: Node, stem: str) -> K.Strided:
     offset = sympy.expand(load.index - sympy.Add(*(c * s for c, s in zip(strides, symbols, strict=True))))
     if offset.has(*symbols):
         raise Unfit(f"{node.name} is not strided")
-    return K.Strided(load.buffer, strides, offset)  # type: ignore[arg-type]
+    return K.Strided(load.buffer, strides, offset)
 
 
 def _score(

@@ -1,8 +1,8 @@
 """Lowering of linear layers that share an operand: prologue, accumulators, epilogues, one kernel.
 
-Each stored result is traced back to the linear layer at a symbolic index; that tells which of its dimensions are
-rows of the operand and which are columns of the weight. Pulling the result then asks for accumulators: one for a
-plain layer, two for gate and up or for the two halves of a rotary embedding.
+Each stored result is traced back to the linear layer at a symbolic index; that tells which of its dimensions
+are rows of the operand and which are columns of the weight. Pulling the result then asks for accumulators:
+one for a plain layer, two for gate and up or for the two halves of a rotary embedding.
 """
 
 from collections.abc import Sequence, Set
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from llmcomp.codegen import kernel as K
 from llmcomp.codegen.index import ZERO, Index, Space, axis_symbol, size, sizes
-from llmcomp.codegen.lower import (
+from llmcomp.codegen.lowered import (
     Lowered,
     channel_points,
     destination,
@@ -24,7 +24,7 @@ from llmcomp.codegen.lower import (
     rotation,
     write,
 )
-from llmcomp.codegen.pull import Inner, Puller, compute_dtype, fake
+from llmcomp.codegen.pull import Inner, Puller, Special, compute_dtype, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.region import Region, Unfit
 
@@ -124,11 +124,11 @@ def _trace(output: Node, layers: Sequence[Node], inside: Set[Node]) -> Trace:
         return 0.0
 
     ops = torch.ops.llmcomp
-    special = {n: read for n in layers}
+    special: dict[Node, Special] = {n: read for n in layers}
     for node in inside:
         if node.target in (ops.rope.default, ops.rms_norm.default, ops.layer_norm.default):
             special[node] = _through
-    Puller(Space(extents), inside.__contains__, rules(), special).at(value, tuple(index))  # type: ignore[arg-type]
+    Puller(Space(extents), inside.__contains__, rules(), special).at(value, tuple(index))
     return Trace(output, tuple(index), extents, tuple(reads))
 
 

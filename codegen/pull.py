@@ -1,8 +1,9 @@
 """Pulling: the value of a graph node at an index, as straight-line scalar statements.
 
-`Puller.at(node, index)` asks for one element. Views change the index and ask their input; pointwise operators ask
-each input at the broadcast index and append an operation; nodes computed elsewhere become loads. What a kernel
-computes is thus written down by asking for its outputs, and fusion is a question of what is asked through.
+`Puller.at(node, index)` asks for one element. Views change the index and ask their input; pointwise
+operators ask each input at the broadcast index and append an operation; nodes computed elsewhere become
+loads. What a kernel computes is thus written down by asking for its outputs, and fusion is a question of
+what is asked through.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -178,7 +179,8 @@ class Puller:
         loaded = self.emit(stem, dtype, lambda out: Load(out, buffer.name, position, dtype, mask))
         if not value.is_neg():
             return loaded
-        # Memory holds the negative of what the tensor means: the imaginary part of a conjugate is such a view.
+        # Memory holds the negative of what the tensor means: the imaginary part of a conjugate is such a
+        # view.
         return self.emit("neg", dtype, lambda out: Compute(out, "neg", (loaded,), dtype))
 
     def store(self, buffer: Buffer, position: sympy.Expr, value: Argument) -> None:
@@ -209,7 +211,7 @@ class Puller:
             return self.special[node](self, node, index)
         if not self.inside(node):
             return self.load(node, index, stem)
-        if (rule := table().get(node.target)) is not None:
+        if (rule := table().get(node.target)) is not None:  # type: ignore[call-overload]
             return self._pointwise(node, rule, index)
         if (special := self.rules.get(node.target)) is not None:
             return special(self, node, index)

@@ -15,7 +15,7 @@ from llmcomp.codegen.rules_reduce import TUPLES, item, reduce_rules, reduced_dim
 from llmcomp.codegen.rules_view import SPLITS, getitem, view_rules
 from llmcomp.pointwise import activation
 
-__all__ = ["SPLITS", "TUPLES", "reduced_dims", "rules"]
+__all__ = ["SPLITS", "TUPLES", "is_reduction", "reduced_dims", "rules"]
 
 
 def rope(p: Puller, node: Node, index: Index) -> Argument:
@@ -52,8 +52,8 @@ def _pair(p: Puller, channel: object, extent: object, interleaved: bool) -> tupl
         return True, channel + half  # type: ignore[operator]
     if p.space.at_least(channel, half):
         return False, channel - half  # type: ignore[operator]
-    partner = p.space.split(channel + half, extent)[1]  # type: ignore[operator, arg-type]
-    return p.test("lt", p.named(p.integer(channel), torch.int64), p.integer(half)), partner  # type: ignore[arg-type]
+    partner = p.space.split(channel + half, extent)[1]  # type: ignore[operator]
+    return p.test("lt", p.named(p.integer(channel), torch.int64), p.integer(half)), partner
 
 
 def gated(p: Puller, node: Node, index: Index) -> Argument:
@@ -71,6 +71,13 @@ def gated(p: Puller, node: Node, index: Index) -> Argument:
 def _getitem(p: Puller, node: Node, index: Index) -> Argument:
     value = item(p, node, index)
     return getitem(p, node, index) if value is None else value
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether a node reduces along an axis, or is an item of what does."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and node.args[0].target in TUPLES
+    return node.target in reduce_rules()
 
 
 @cache

@@ -1,6 +1,7 @@
 """Pull rules of operators that reduce along the inner axis of a kernel: sums, maxima, softmax, norms."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import sympy
 import torch
@@ -345,6 +346,7 @@ def NORMS() -> tuple[object, ...]:
     return (torch.ops.llmcomp.rms_norm.default, torch.ops.llmcomp.layer_norm.default)
 
 
+@cache
 def reduce_rules() -> Mapping[object, Rule]:
     """Rules by operator; getitem is left to the caller, which knows all operators with several results."""
     rules: dict[object, Rule] = {}

@@ -91,9 +91,9 @@ def slice_arguments(node: Node) -> tuple[int, sympy.Expr, sympy.Expr, int]:
     args = dict(zip(("dim", "start", "end", "step"), (*node.args[1:], *[None] * 4), strict=False))
     args.update(node.kwargs)
     source = fake(_source(node))
-    dim = int(args["dim"] or 0) % source.dim()  # type: ignore[call-overload]
+    dim = int(args["dim"] or 0) % source.dim()  # type: ignore[arg-type]
     extent = size(source.shape[dim])
-    step = int(args["step"] or 1)  # type: ignore[call-overload]
+    step = int(args["step"] or 1)  # type: ignore[arg-type]
     start = ZERO if args["start"] is None else _extent(args["start"])
     if start.is_negative:
         start = start + extent
@@ -107,7 +107,8 @@ def slice_arguments(node: Node) -> tuple[int, sympy.Expr, sympy.Expr, int]:
 
 
 def _clamped(node: Node, dim: int, start: sympy.Expr, extent: sympy.Expr) -> sympy.Expr:
-    """max(start, 0): decided by the traced shape where that tells (x[-n:] of fewer than n elements is all of x)."""
+    """max(start, 0): decided by the traced shape where that tells (x[-n:] of fewer than n elements is all of
+    x)."""
     result = size(fake(node).shape[dim])
     if result == extent:
         return ZERO
@@ -136,7 +137,7 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, ate
 def cat(p: Puller, node: Node, index: Index) -> Argument:
     """One input where the range of the index tells which, else a chain of selections over masked loads."""
     rank = len(index)
-    inputs = [n for n in node.args[0] if fake(n).dim() == rank]  # type: ignore[union-attr, arg-type, misc]
+    inputs = [n for n in node.args[0] if fake(n).dim() == rank]  # type: ignore[union-attr, arg-type]
     dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank  # type: ignore[arg-type]
     at, start = index[dim], ZERO
     pieces: list[tuple[Node, sympy.Expr, sympy.Expr]] = []
@@ -150,7 +151,7 @@ def cat(p: Puller, node: Node, index: Index) -> Argument:
     result: Argument | None = None
     for n, start, end in reversed(pieces):
         inside = _between(p, at, start, end, first=start == ZERO, last=result is None)
-        value = _masked(p, inside, lambda n=n, start=start: _piece(p, node, n, index, dim, start))  # type: ignore[misc]
+        value = _masked(p, inside, lambda n=n, start=start: _piece(p, node, n, index, dim, start))
         result = value if result is None else _choose(p, inside, value, result, fake(node).dtype)
     assert result is not None
     return result
@@ -234,7 +235,7 @@ def full(p: Puller, node: Node, index: Index) -> Argument:
     )
     value = node.args[position]
     if isinstance(value, Node):
-        value = p.integer(_extent(value))  # type: ignore[assignment]
+        value = p.integer(_extent(value))
     if not isinstance(value, bool | int | float | str):
         raise Unfit(f"fill value {value!r}")
     return p.convert(value, compute_dtype(fake(node).dtype))

@@ -1,4 +1,5 @@
-"""The host code of a program: one Python function, printed, that binds sizes, allocates, launches and returns.
+"""The host code of a program: one Python function, printed, that binds sizes, allocates, launches and
+returns.
 
 def call(ids, past, weight):                                    # the inputs of the graph
     s0 = past.size(2)                                           # symbolic sizes
@@ -26,7 +27,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from llmcomp.arena import Arena, Lifetime, plan_arena
 from llmcomp.codegen.build import Built
 from llmcomp.codegen.index import size, sizes
-from llmcomp.codegen.lower import destination
+from llmcomp.codegen.lowered import destination
 from llmcomp.options import Options
 from llmcomp.region import Partition
 from llmcomp.target import Target
@@ -60,7 +61,8 @@ def check_status(status: int) -> None:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where results lie: `arena` holds those that only kernels see, `tensors` those that need a torch.Tensor."""
+    """Where results lie: `arena` holds those that only kernels see, `tensors` those that need a
+    torch.Tensor."""
 
     arena: Arena
     tensors: frozenset[Node]
@@ -100,7 +102,8 @@ def host_program(
 
 
 def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]", target: Target) -> Storage:
-    """Decide for every stored result whether it needs a tensor of its own, and place the others in the arena."""
+    """Decide for every stored result whether it needs a tensor of its own, and place the others in the
+    arena."""
     stored = {o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o}
     step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
     output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -249,9 +252,7 @@ class HostWriter:
     def _call(self, node: Node) -> str:
         arguments = [self.argument(a) for a in node.args]
         arguments += [f"{k}={self.argument(v)}" for k, v in node.kwargs.items()]
-        target = eager(node)
-        if target is None:
-            target = node.target
+        target = eager(node) or node.target
         name = f"extern[{len(self.namespace['extern'])}]"
         self.namespace["extern"].append(target)
         return f"{name}({', '.join(arguments)})"

@@ -1,8 +1,9 @@
 """The elementwise ATen operators that generated kernels compute, each as a formula over scalar operations.
 
-A row is the promotion rule of the operator (as `torch._prims_common.elementwise_dtypes` names it) and a function
-that builds its value from scalar operations (`codegen/kernel.py` lists them). Operators with behaviour that a
-scalar formula cannot give (integer division by zero raises in eager) are left out or refused by `Unfit`.
+A row is the promotion rule of the operator (as `torch._prims_common.elementwise_dtypes` names it) and a
+function that builds its value from scalar operations (`codegen/kernel.py` lists them). Operators with
+behaviour that a scalar formula cannot give (integer division by zero raises in eager) are left out or
+refused by `Unfit`.
 """
 
 import math

@@ -1,7 +1,8 @@
 """From a partitioned graph to something that can be called: lower, render, build, plan, and the host code.
 
-The program of the CPU target is one Python function that gathers pointers and makes one foreign call for every run
-of kernels between two Extern calls (for a decode step: one call in all). Its text is kept as `Executable.source`.
+The program of the CPU target is one Python function that gathers pointers and makes one foreign call for
+every run of kernels between two Extern calls (for a decode step: one call in all). Its text is kept as
+`Executable.source`.
 """
 
 import time
@@ -18,7 +19,7 @@ from torch.fx import GraphModule, Node
 from llmcomp import hostcode
 from llmcomp.codegen.build import Built, Cache, Source, build, find_compiler
 from llmcomp.codegen.fit import Lowerer
-from llmcomp.codegen.lower import Lowered
+from llmcomp.codegen.lowered import Lowered
 from llmcomp.codegen.render import render_cpp, render_triton
 from llmcomp.costs import extern_cost, kernel_cost
 from llmcomp.options import Options
