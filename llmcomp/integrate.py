@@ -28,13 +28,19 @@ def install(backend: Callable[..., Any], subsystems: Sequence[str]) -> None:
 def _generate_of(backend: Callable[..., Any]) -> property:
     """The attribute `generate` of compiled modules."""
 
-    def generate(compiled: Any) -> Any:
+    def get(compiled: Any) -> Any:
         if compat.backend_of(compiled) is not backend:
             # Python then asks the module's __getattr__, which forwards to the original module as ever.
             raise AttributeError("generate")
         return _stand_in(compiled).generate
 
-    return property(generate)
+    def set_(compiled: Any, value: object) -> None:
+        compiled._orig_mod.generate = value
+
+    def delete(compiled: Any) -> None:
+        del compiled._orig_mod.generate
+
+    return property(get, set_, delete)
 
 
 def _stand_in(compiled: Any) -> Any:

@@ -19,6 +19,8 @@ SMALL = dict(
     num_key_value_heads=2,
     intermediate_size=48,
 )
+# What is tested here does not depend on kernels, and building them takes longest.
+OURS = {"backend": "llmcomp", "options": {"target": "reference"}}
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -42,7 +44,7 @@ def test_generate_of_a_compiled_module_is_compiled(model, graphs):
 
 
 def test_calls_and_generate_share_graphs(model, graphs):
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     generate(fast)
     before = len(graphs)
     with torch.no_grad():
@@ -51,7 +53,7 @@ def test_calls_and_generate_share_graphs(model, graphs):
 
 
 def test_the_original_module_stays_eager(model, graphs):
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     generate(fast)
     graphs.clear()
     generate(model, cache_implementation="static")
@@ -61,7 +63,7 @@ def test_the_original_module_stays_eager(model, graphs):
 
 
 def test_generate_in_a_thread_leaves_calls_in_another_eager(model, graphs):
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     seen, inside = [], threading.Event()
 
     def slow_streamer(ids, scores):
@@ -78,7 +80,7 @@ def test_generate_in_a_thread_leaves_calls_in_another_eager(model, graphs):
 
 
 def test_static_cache_and_beams_run_compiled(model, graphs):
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     for settings in ({"cache_implementation": "static"}, {"num_beams": 2}):
         expected = generate(model, **settings)
         graphs.clear()
@@ -87,7 +89,7 @@ def test_static_cache_and_beams_run_compiled(model, graphs):
 
 
 def test_attributes_set_through_generate_reach_the_model(model):
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     stand_in = fast.generate.__self__
     stand_in.noted = 1
     assert model.noted == 1 and isinstance(stand_in, type(model))
@@ -97,6 +99,15 @@ def test_attributes_set_through_generate_reach_the_model(model):
 
 def test_other_backends_keep_their_generate(model):
     assert torch.compile(model, backend="eager").generate == model.generate
+
+
+@pytest.mark.parametrize("backend", ["llmcomp", "eager"])
+def test_generate_can_be_replaced(model, backend):
+    fast = torch.compile(model, backend=backend)
+    fast.generate = lambda: "mine"
+    assert fast.generate() == model.generate() == "mine"
+    del fast.generate
+    assert "generate" not in vars(model)
 
 
 def test_a_module_without_generate_has_none():
@@ -117,7 +128,7 @@ def test_compile_config_of_transformers(model, graphs):
 def test_compile_config_does_not_take_over_a_compiled_module(model, graphs):
     config = CompileConfig(backend="eager")
     config._compile_all_devices = True
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     generate(fast, cache_implementation="static", compile_config=config)
     kinds = len(graphs)
     assert kinds >= 2, "prefill and decoding are both ours"
@@ -125,7 +136,7 @@ def test_compile_config_does_not_take_over_a_compiled_module(model, graphs):
 
 def test_state_dict_and_saving(model, tmp_path, graphs):
     names = list(model.state_dict())
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     generate(fast)
     assert list(model.state_dict()) == names
     # The prefix is torch's, for any backend; stripping it here would break loading into what others compiled.
@@ -139,7 +150,7 @@ def test_state_dict_and_saving(model, tmp_path, graphs):
 
 def test_model_compile_keeps_the_state_dict(model, graphs):
     names = list(model.state_dict())
-    model.compile(backend="llmcomp")
+    model.compile(**OURS)
     generate(model)
     assert list(model.state_dict()) == names and graphs
     model.load_state_dict(model.state_dict())
@@ -159,13 +170,13 @@ def test_many_models_in_one_process(graphs):
         with torch.no_grad():
             expected = model(PROMPT, use_cache=False).logits
             before = len(graphs)
-            got = torch.compile(model, backend="llmcomp")(PROMPT, use_cache=False).logits
+            got = torch.compile(model, **OURS)(PROMPT, use_cache=False).logits
         assert len(graphs) > before, f"model {seed} ran in eager"
         torch.testing.assert_close(got, expected)
 
 
 def test_installing_again_changes_nothing(model, graphs):
     integrate.install(llmcomp.backend.llmcomp, ())
-    fast = torch.compile(model, backend="llmcomp")
+    fast = torch.compile(model, **OURS)
     generate(fast)
     assert len(graphs) == 3
