@@ -154,7 +154,7 @@ class Puller:
         """An index expression as a value."""
         if expr.is_Integer:
             return int(expr)
-        return self.emit("i", dtype, lambda out: IndexStatement(out, expr, dtype))
+        return self.emit("at", dtype, lambda out: IndexStatement(out, expr, dtype))
 
     def symbol(self, value: Argument) -> sympy.Expr:
         """A loaded integer as a symbol of index expressions."""

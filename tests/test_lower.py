@@ -197,10 +197,10 @@ attend attention(q_ptr: float32, x_ptr: float32, v_ptr: float32, out_ptr: float3
     div = div(score, 20.0)
     tanh = tanh(div)
     mul = mul(tanh, 20.0)
-    i = -i + j
-    le = le(i, 0)
+    at = -i + j
+    le = le(at, 0)
     where = where(le, mul, -inf)
-    gt = gt(i, -3)
+    gt = gt(at, -3)
     where_1 = where(gt, where, -inf)
   score = where_1
 """,
