@@ -97,9 +97,7 @@ def op_samples(op: OpInfo, dtype: torch.dtype) -> Iterator[tuple[Callable[..., A
 def module_samples(info: Any) -> Iterator[tuple[Callable[..., Any], Sample]]:
     """The inputs of a module, in eval mode."""
     torch.manual_seed(0)
-    inputs = info.module_inputs_func(
-        info, device="cpu", dtype=torch.float32, requires_grad=False, training=False
-    )
+    inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=False)
     for s in inputs:
         made = info.module_cls(*s.constructor_input.args, **s.constructor_input.kwargs).eval()
         yield made, Sample(tuple(s.forward_input.args), s.forward_input.kwargs)
@@ -121,11 +119,12 @@ def module_cases() -> dict[str, OpCase]:
 
 
 class Compiler:
-    """Compiles the function of one sample after another, once while it stays the same."""
+    """Compiles the function of one sample after another, once while it stays the same; `past` are the calls."""
 
     def __init__(self, backend: str) -> None:
         torch._dynamo.reset()
         self.counting = CountingBackend(backend)
+        self.past: list[tuple[Callable[..., Any], Sample]] = []
         self.function: Callable[..., Any] | None = None
         self.compiled: Callable[..., Any] | None = None
 
@@ -168,13 +167,16 @@ def judge(function: Callable[..., Any], sample: Sample, compiler: Compiler) -> t
     """The verdict on one sample, and what differs."""
     calls = compiler.counting.calls
     eager, ours = execute(function, sample, seed=0), execute(compiler(function), sample, seed=0)
+    compiler.past.append((function, sample))
     compiled = compiler.counting.calls > calls
     verdict, detail = judge_runs(ours, eager)
     if verdict == "wrong" and is_random(function, sample, eager):
         verdict, detail = judge_runs(ours, eager, values=False)
         verdict = "random" if verdict == "equal" else verdict
     if verdict in BAD:
-        traced = execute(Compiler(CONTROL)(function), sample, seed=0)
+        # With the same past, because Dynamo makes sizes and numbers dynamic that it has seen change.
+        control = Compiler(CONTROL)
+        traced = [execute(control(f), s, seed=0) for f, s in compiler.past][-1]
         if judge_runs(traced, eager)[0] in BAD:
             verdict, detail = judge_runs(ours, traced)
             verdict = verdict if verdict in BAD else "traced"

@@ -55,6 +55,7 @@ class Changed(Compiler):
 
     def __init__(self, changed: Callable[..., Any]) -> None:
         self.counting = CountingBackend("changed", calls=1)
+        self.past = []
         self.changed = changed
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
