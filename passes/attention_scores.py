@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from llmcomp.graph import Size, argument, insert, is_tensor, same_shape, same_size, val
 from llmcomp.passes.constants import number
-from llmcomp.passes.recognize_mask import WHERE, Added, Change, Hidden
+from llmcomp.passes.mask_parts import WHERE, Added, Change, Hidden
 from llmcomp.passes.sizes import size_node
 
 aten = torch.ops.aten

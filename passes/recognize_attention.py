@@ -5,15 +5,14 @@
     softmax(cat([scores, sinks]))[..., :-1] @ v                ->  llmcomp.attention(q, k, v, sinks=sinks)
     attention(q, repeat_heads(k), repeat_heads(v))             ->  attention(q, k, v)
 
-`attention_scores` reads what happens between the product and the softmax, `attention_operands` what is
-multiplied, and `recognize_mask` which changes of the scores are structure. The node computes in float32
-inside: the roundings that eager does in between do not happen.
+`attention_weights` reads from the softmax down to the product with the values, `attention_scores` up to the
+product of queries and keys, `attention_operands` what is multiplied, and `recognize_mask` which changes of
+the scores are structure. The node computes in float32 inside: the roundings that eager does in between do
+not happen.
 """
 
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import inf, sqrt
 
 import torch
 from torch.fx import Graph, Node
@@ -21,11 +20,13 @@ from torch.fx import Graph, Node
 from llmcomp.graph import Size, argument, insert, is_tensor, only_user, same_shape, same_size, val
 from llmcomp.passes.attention_operands import VIEWS, Operand, read_operand
 from llmcomp.passes.attention_scores import COPIES, Scores, read_scores, split_change
+from llmcomp.passes.attention_weights import Weights, read_weights
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.layout import adopt
-from llmcomp.passes.match import is_last_axis, operands
-from llmcomp.passes.recognize_mask import Added, Change, Hidden, MaskWriter, Shape
+from llmcomp.passes.mask_band import Shape
+from llmcomp.passes.mask_parts import Added, Change, Hidden
+from llmcomp.passes.recognize_mask import MaskWriter
 from llmcomp.passes.sizes import size_node
 
 aten = torch.ops.aten
@@ -72,9 +73,7 @@ def _write(attention: Attention, masks: MaskWriter) -> Node:
     mask = masks.write(attention.changes, Shape(batch, heads, queries, val(k).shape[2]), attention.causal)
     structure = (mask.causal, mask.offset, mask.window)
     target = torch.ops.llmcomp.attention.default
-    return insert(
-        q.graph, target, q, k, v, mask.mask, attention.sinks, attention.scale, *structure, attention.cap
-    )
+    return insert(q.graph, target, q, k, v, mask.mask, attention.sinks, attention.scale, *structure, attention.cap)
 
 
 # ---- whole
@@ -104,9 +103,7 @@ def _check_whole(node: Node, q: Node, k: Node, v: Node) -> None:
         raise Miss("both a mask and is_causal")
     if not 2 <= val(q).dim() <= 4 or val(k).dim() != val(q).dim() or val(v).dim() != val(q).dim():
         raise Miss(f"query of {val(q).dim()} axes")
-    if not same_shape(val(q).shape[:-3], val(k).shape[:-3]) or not same_shape(
-        val(k).shape[:-2], val(v).shape[:-2]
-    ):
+    if not same_shape(val(q).shape[:-3], val(k).shape[:-3]) or not same_shape(val(k).shape[:-2], val(v).shape[:-2]):
         raise Miss("batches or heads that are broadcast")
     if not val(q).dtype.is_floating_point:
         raise Miss(f"dtype {val(q).dtype}")
@@ -140,119 +137,27 @@ def _scale(node: Node, q: Node) -> float:
 def _change(mask: object) -> tuple[Change, ...]:
     if not isinstance(mask, Node):
         return ()
-    return (Hidden(mask, False, -torch.inf) if val(mask).dtype == torch.bool else Added(mask),)
+    return (Hidden(mask, False, -inf) if val(mask).dtype == torch.bool else Added(mask),)
 
 
 # ---- written out
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A softmax, and the nodes from it to the product that reads it."""
-
-    path: tuple[Node, ...]
-    product: Node
-
-
 def _written(node: Node, masks: MaskWriter) -> int:
-    if argument(node, "dim") not in (-1, val(node).dim() - 1):
-        return 0
-    logits, sinks, joining = _logits(node)
-    weights = _follow(node, sinks is not None)
+    weights = read_weights(node)
     if weights is None:
         return 0
+    if isinstance(weights, str):
+        raise Miss(weights)
     with node.graph.inserting_before(weights.product):
-        scores = read_scores(logits)
+        scores = read_scores(weights.logits)
         if scores is None:
-            return _blocked(logits)
-        _check_alone((*scores.path, *joining), weights)
-        attention = _attention(scores, node, weights, sinks)
+            return _blocked(weights.logits)
+        _check_alone(scores, weights)
+        attention = _attention(scores, weights)
         new = _write(attention, masks)
         _place(new, weights.product)
     return 1
-
-
-def _logits(softmax: Node) -> tuple[Node, Node | None, tuple[Node, ...]]:
-    """(scores, sinks, nodes that join the two): what a softmax is taken of."""
-    top = softmax.args[0]
-    assert isinstance(top, Node)
-    whole, joining = _unshifted(top)
-    parts = whole.args[0] if whole.target is aten.cat.default else None
-    if isinstance(parts, list | tuple) and len(parts) == 2 and val(whole).dim() == 4:
-        scores, last = parts
-        assert isinstance(scores, Node) and isinstance(last, Node)
-        if (sinks := _per_head(last, val(whole).shape[1])) is not None:
-            return scores, sinks, (whole, *joining)
-    return whole, None, joining
-
-
-def _unshifted(node: Node) -> tuple[Node, tuple[Node, ...]]:
-    """x for x - max(x), which a softmax cannot tell from x, and the nodes of the difference."""
-    pair = operands(node, aten.sub.Tensor)
-    if pair is None:
-        return node, ()
-    source, largest = pair
-    reduction = largest.args[0] if largest.target is operator.getitem and largest.args[1] == 0 else largest
-    assert isinstance(reduction, Node)
-    if reduction.target not in (aten.amax.default, aten.max.dim) or reduction.args[0] is not source:
-        return node, ()
-    if not is_last_axis(argument(reduction, "dim"), source) or not argument(reduction, "keepdim"):
-        return node, ()
-    return source, (node, largest, reduction)
-
-
-def _per_head(node: Node, heads: Size) -> Node | None:
-    """The vector (heads,) that a node (B, heads, S, 1) repeats."""
-    if not same_size(val(node).shape[3], 1):
-        return None
-    while node.target in COPIES and val(node).dim() == 4:
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node = source
-    if same_shape(val(node).shape, (heads,)):
-        return node
-    return None
-
-
-def _follow(softmax: Node, sinks: bool) -> Weights | None:
-    """The product that reads the attention weights, or None where there is none.
-
-    Raises:
-        Miss: it is not the only one to read them.
-    """
-    path, node = [softmax], softmax
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in (aten.bmm.default, aten.mm.default) and user.args[0] is node:
-            return Weights(tuple(path), user)
-        if not (_keeps_rows(user, node) or sinks and _drops_last(user, node)):
-            return None
-        path.append(user)
-        node = user
-    if any(u.target is aten.bmm.default for u in _readers(node)):
-        raise Miss("the attention weights are used elsewhere")
-    return None
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    for user in node.users:
-        if user.target in COPIES:
-            yield from _readers(user)
-        yield user
-
-
-def _keeps_rows(user: Node, node: Node) -> bool:
-    """Whether a node copies the weights, or merges axes before the last two."""
-    return user.target in COPIES and same_shape(val(user).shape[-2:], val(node).shape[-2:])
-
-
-def _drops_last(user: Node, node: Node) -> bool:
-    """weights[..., :-1]"""
-    if user.target is not aten.slice.Tensor:
-        return False
-    shape, last = val(node).shape, len(val(node).shape) - 1
-    kept = same_size(val(user).shape[last], shape[last] - 1)
-    return kept and int(argument(user, "dim")) % len(shape) == last and not argument(user, "start")  # type: ignore[arg-type]
 
 
 def _blocked(logits: Node) -> int:
@@ -270,18 +175,20 @@ def _blocked(logits: Node) -> int:
     return 0
 
 
-def _check_alone(path: tuple[Node, ...], weights: Weights) -> None:
-    inside = {*path, *weights.path, weights.product}
+def _check_alone(scores: Scores, weights: Weights) -> None:
+    inside = {*scores.path, *weights.path, weights.product}
     for node in inside - {weights.product}:
         if outside := [user for user in node.users if user not in inside]:
-            kind = "attention weights" if node in weights.path else "scores"
-            raise Miss(f"the {kind} {node.name} are used elsewhere, by {outside[0].name}")
+            raise Miss(f"the scores {node.name} are used elsewhere, by {outside[0].name}")
+    hidden = {(c.visible, c.negate) for c in scores.changes if isinstance(c, Hidden)}
+    if weights.zeroed - hidden:
+        raise Miss("the softmax counts keys whose weights are set to zero after it")
 
 
-def _attention(scores: Scores, softmax: Node, weights: Weights, sinks: Node | None) -> Attention:
+def _attention(scores: Scores, weights: Weights) -> Attention:
     values = weights.product.args[1]
     assert isinstance(values, Node)
-    batch, heads = _batch_and_heads(scores, softmax)
+    batch, heads = _batch_and_heads(scores, weights.softmax)
     dtype = _rounded_to(weights.product)
     for share in (True, False):
         q = read_operand(scores.q, batch, heads, dtype)
@@ -290,12 +197,19 @@ def _attention(scores: Scores, softmax: Node, weights: Weights, sinks: Node | No
         if same_shape(val(k.node).shape[:3], val(v.node).shape[:3]):
             break
     nodes = _of_one_dtype(q.node, k.node, _scaled(v), dtype)
-    changes = scores.changes
-    if val(softmax).dim() == 3:
+    changes = tuple(_zeroed(c, weights) for c in scores.changes)
+    if val(weights.softmax).dim() == 3:
         changes = tuple(split_change(c, batch, heads) for c in changes)
     inner = scores.scale * q.factor * k.factor
     scale, cap = (inner, 0.0) if scores.cap is None else (inner * scores.cap, scores.cap)
-    return Attention(*nodes, scale, changes, cap=cap, sinks=sinks)
+    return Attention(*nodes, scale, changes, cap=cap, sinks=weights.sinks)
+
+
+def _zeroed(change: Change, weights: Weights) -> Change:
+    """A hidden key whose weight is set to zero after the softmax too is hidden by -inf."""
+    if isinstance(change, Hidden) and (change.visible, change.negate) in weights.zeroed:
+        return replace(change, by=-inf)
+    return change
 
 
 def _rounded_to(product: Node) -> torch.dtype:
