@@ -24,6 +24,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -110,9 +111,10 @@ class Cache:
 
     def find(self, filename: str, intact: Callable[[bytes], bool]) -> Path | None:
         """The path of an artefact, or None where there is none or a damaged one. Raises CacheError."""
-        for folder in (self.root, overflow_folder()):
+        folders = [self.root] if check_folder(self.root) else []
+        for folder in [*folders, *_safe(overflow_folder())]:
             path = folder / filename
-            if check_folder(folder) and path.is_file() and intact(path.read_bytes()):
+            if path.is_file() and intact(path.read_bytes()):
                 return path
         return None
 
@@ -140,7 +142,19 @@ class Cache:
 
 def overflow_folder() -> Path:
     """The folder in the system's temporary place that is used where the cache cannot be written."""
-    return Path(tempfile.gettempdir()) / f"llmcomp-{os.getuid()}"
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:  # no place can be written
+        temporary = "/tmp"
+    return Path(temporary) / f"llmcomp-{os.getuid()}"
+
+
+def _safe(folder: Path) -> list[Path]:
+    """The overflow folder, if it is there to be used; somebody else may have taken its name to stop us."""
+    try:
+        return [folder] if check_folder(folder) else []
+    except CacheError:
+        return []
 
 
 def check_folder(folder: Path) -> bool:
@@ -152,9 +166,7 @@ def check_folder(folder: Path) -> bool:
     except NotADirectoryError:
         found = folder.parent.stat()
     if not stat.S_ISDIR(found.st_mode):
-        raise CacheError(
-            f"expected a folder for generated kernels, found a file: {folder}. Set LLMCOMP_CACHE."
-        )
+        raise CacheError(f"expected a folder for generated kernels, found a file: {folder}. Set LLMCOMP_CACHE.")
     if found.st_uid not in (os.getuid(), 0):
         raise CacheError(
             "expected a folder for generated kernels that belongs to you, "
@@ -257,8 +269,8 @@ def openmp_runtimes() -> list[Path]:
 
 def _works(command: Sequence[str], flags: Sequence[str]) -> bool:
     """Whether the probe compiles, loads (clang links without an OpenMP runtime, silently) and computes."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
+    with _temporary_folder() as folder:
+        source, library = folder / "probe.cpp", folder / "probe.so"
         source.write_text(PROBE)
         if _run(compile_command(command, flags, source, library)).returncode != 0:
             return False
@@ -279,9 +291,7 @@ def compile_command(command: Sequence[str], flags: Sequence[str], source: Path, 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     except OSError as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 
@@ -398,12 +408,24 @@ def _build_module(source: Source, stem: str, cache: Cache) -> Built:
 
 
 def _compile(source: Source, source_path: Path, compiler: Compiler) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernel.so"
+    with _temporary_folder() as folder:
+        library = folder / "kernel.so"
         done = _run(compile_command(compiler.command, compiler.flags, source_path, library))
         if done.returncode != 0 or not library.exists():
             raise BuildError(_failure(source, source_path, compiler, done.stderr))
         return library.read_bytes()
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise CacheError(
+            f"expected a temporary folder that can be written, found: {error}. Set TMPDIR to one."
+        ) from error
+    with folder as name:
+        yield Path(name)
 
 
 def _failure(source: Source, source_path: Path, compiler: Compiler, stderr: str) -> str:
@@ -421,6 +443,6 @@ def _failure(source: Source, source_path: Path, compiler: Compiler, stderr: str)
             *excerpt,
             "computes:",
             *(f"  {line}" for line in source.comment),
-            f"The source is {source_path}; please report it.",
+            f"The source is {source_path}.",
         ]
     )

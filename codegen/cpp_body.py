@@ -6,6 +6,7 @@ its bodies and one `Writer`, opens its own loops with `Writer.block`, and fills 
 besides those of the kernel: `threads`, `status`, `failed` (bits of failed checks), `start`, `stop`.
 """
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ from llmcomp.codegen.kernel import (
 
 # Elements that a float32 sum adds up before the partial result joins a total kept in double.
 SUM_BLOCK = 256
+# Generated lines are no longer than those of the printers.
+WIDTH = 110
 
 
 @dataclass
@@ -65,6 +68,17 @@ class Writer:
         """Several lines at the current depth."""
         for text in texts:
             self.line(text)
+
+    def call(self, head: str, arguments: Sequence[str], tail: str = ";") -> None:
+        """`head(arguments)tail`, the arguments filled into further lines where one is too long."""
+        line = f"{head}({', '.join(arguments)}){tail}"
+        if len(line) + 4 * self.depth <= WIDTH:
+            self.line(line)
+            return
+        filled = textwrap.wrap(", ".join(arguments), WIDTH - 4 * (self.depth + 1), break_on_hyphens=False)
+        self.line(f"{head}(")
+        self.lines(f"    {text}" for text in filled[:-1])
+        self.line(f"    {filled[-1]}){tail}")
 
     @contextmanager
     def block(self, head: str = "") -> Iterator[None]:
@@ -132,9 +146,7 @@ def checks(bodies: Iterable[Body], scope: Scope) -> bool:
 
 
 def _fails(s: Statement, scope: Scope) -> bool:
-    return isinstance(s, Check) or (
-        isinstance(s, Compute) and divisor(s, _operand_dtype(s, scope)) is not None
-    )
+    return isinstance(s, Check) or (isinstance(s, Compute) and divisor(s, _operand_dtype(s, scope)) is not None)
 
 
 def print_statements(body: Iterable[Statement], scope: Scope) -> list[str]:
@@ -252,9 +264,7 @@ def expand_argmax(body: Body, inner: sympy.Symbol) -> Body:
 
 
 def _expand_argmax(s: Reduce, dtype: torch.dtype, inner: sympy.Symbol) -> Iterator[Statement]:
-    best, equal, nan, found, here, at = (
-        f"{s.out}_{n}" for n in ("best", "equal", "nan", "found", "here", "at")
-    )
+    best, equal, nan, found, here, at = (f"{s.out}_{n}" for n in ("best", "equal", "nan", "found", "here", "at"))
     dtype = torch.float32 if dtype in NARROW_FLOATS else dtype
     yield Reduce(best, s.op.removeprefix("arg"), s.value, dtype)
     yield Compute(equal, "eq", (s.value, best), torch.bool)
@@ -273,8 +283,7 @@ def simd_legal(body: Iterable[Statement], axis: Axis, scope: Scope) -> bool:
     varying = vectors(body, axis.symbol)
     stores = [s for s in body if isinstance(s, Store)]
     return all(
-        _moves(s.index, axis.symbol) and not varying.intersection(map(str, s.index.free_symbols))
-        for s in stores
+        _moves(s.index, axis.symbol) and not varying.intersection(map(str, s.index.free_symbols)) for s in stores
     )
 
 
@@ -293,14 +302,10 @@ def simd_pragma(body: Iterable[Statement], scope: Scope, parts: Mapping[str, str
             clauses.setdefault(REDUCTIONS[r.op][0], []).append((parts or {}).get(r.out, r.out))
     if failing:
         clauses.setdefault("|", []).append("failed")
-    return "#pragma omp simd" + "".join(
-        f" reduction({op} : {', '.join(names)})" for op, names in clauses.items()
-    )
+    return "#pragma omp simd" + "".join(f" reduction({op} : {', '.join(names)})" for op, names in clauses.items())
 
 
-def print_phases(
-    w: Writer, body: Body, inner: Axis, scope: Scope, seeds: Mapping[str, str] | None = None
-) -> None:
+def print_phases(w: Writer, body: Body, inner: Axis, scope: Scope, seeds: Mapping[str, str] | None = None) -> None:
     """The loops of one row: every phase of `body` along `inner`, reductions declared before their loop.
 
     `seeds` maps values that vary along `inner` and that no statement defines to the C++ expression that reads

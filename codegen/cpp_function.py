@@ -76,11 +76,11 @@ def _print_threads(
     for size in positive:
         w.line(f"if ({index(size)} <= 0) return op::report(status, 1);  // nothing to index")
     w.line(f"const int64_t team = op::team(threads, items, {index(work)});")
-    w.line(f"if (team == 1) return {name}_part({', '.join([*passed, '0', 'items', *status])});")
+    w.call(f"if (team == 1) return {name}_part", [*passed, "0", "items", *status])
     w.line("#pragma omp parallel num_threads(team)")
     with w.block():
         w.line("const op::Share share = op::share(items);")
-        w.line(f"{name}_part({', '.join([*passed, 'share.first', 'share.last', *status])});")
+        w.call(f"{name}_part", [*passed, "share.first", "share.last", *status])
 
 
 def _positive_sizes(bodies: Iterable[Body]) -> list[sympy.Expr]:

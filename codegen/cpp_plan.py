@@ -52,15 +52,16 @@ def render_plan(
         w.lines(f"const int64_t {symbol} = s[{k}];" for k, symbol in enumerate(symbols))
         w.line("int64_t status = 0;")
         w.lines(f"p[{slot.index}] = arena + {_atom(slot.offset)};" for slot in slots)
-        w.lines(map(_call, launches))
+        for launch in launches:
+            _print_call(w, launch)
         w.line("return status;")
     return Source(name, "cpp", w.text(), tuple(comment))
 
 
-def _call(launch: Launch) -> str:
+def _print_call(w: Writer, launch: Launch) -> None:
     sizes = [_long(size) for size in launch.sizes]
     arguments = [*(f"p[{b}]" for b in launch.buffers), *sizes, "threads"]
-    return f"op::call(&status, functions[{launch.function}], {', '.join(arguments)});  // {launch.symbol}"
+    w.call("op::call", ["&status", f"functions[{launch.function}]", *arguments], f";  // {launch.symbol}")
 
 
 def _long(size: sympy.Expr) -> str:

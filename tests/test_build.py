@@ -211,8 +211,29 @@ def test_nothing_can_be_written(cache: Cache, monkeypatch: pytest.MonkeyPatch) -
     compiler = find_compiler(cache)
     refuse(cache.root, OSError(30, "Read-only file system"), monkeypatch)
     module.overflow_folder().write_text("")  # a file stands in its place
-    with pytest.raises(CacheError, match="expected a folder"):
+    with pytest.raises(CacheError, match="expected a folder"), pytest.warns(RuntimeWarning):
         build([source("nowhere", 1)], cache, compiler)
+
+
+def test_overflow_folder_taken_by_somebody_else(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not looked into, and it is an error only where it would be needed."""
+    module.overflow_folder().mkdir()
+    module.overflow_folder().chmod(0o777)
+    assert call(build([source("fine", 3)], cache)[0]) == 3
+    refuse(cache.root, OSError(30, "Read-only file system"), monkeypatch)
+    with pytest.raises(CacheError, match="only you can write"), pytest.warns(RuntimeWarning):
+        build([source("needed", 4)], cache)
+
+
+def test_no_temporary_folder(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = find_compiler(cache)
+
+    def refuse_all() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", refuse_all)
+    with pytest.raises(CacheError, match="No space left on device. Set TMPDIR"):
+        build([SOURCE], cache, compiler)
 
 
 def test_concurrent_processes(cache: Cache) -> None:
