@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from llmcomp.graph import Size, argument, insert, is_tensor, only_user, same_shape, same_size, val
 from llmcomp.passes.attention_operands import VIEWS, Operand, read_operand
 from llmcomp.passes.attention_scores import COPIES, Scores, read_scores, split_change
+from llmcomp.passes.attention_sinks import join_sinks
 from llmcomp.passes.attention_weights import Weights, read_weights
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
@@ -149,6 +150,8 @@ def _written(node: Node, masks: MaskWriter) -> int:
         return 0
     if isinstance(weights, str):
         raise Miss(weights)
+    if (joined := join_sinks(weights)) is not None:
+        return _written(joined, masks)
     with node.graph.inserting_before(weights.product):
         scores = read_scores(weights.logits)
         if scores is None:

@@ -302,6 +302,18 @@ def test_sinks_join_the_softmax(dtype: torch.dtype):
     assert re.search(r"attention\(x\d, x\d, x\d, None, x\d, 0.25, True, 0, 0, 0.0\)", printed)
 
 
+def test_sinks_that_gate_the_result():
+    """Granite: the part of the softmax that the sink would take is taken off after it."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        scores = q @ k.transpose(2, 3) * 0.25 + causal_mask(q.dtype)
+        gate = torch.sigmoid(torch.logsumexp(scores, -1) - sinks.view(1, -1, 1))
+        return (torch.softmax(scores, -1) @ v) * gate.unsqueeze(-1)
+
+    printed = recognized(fn, *qkv(), torch.randn(H), rtol=2e-6)
+    assert re.search(r"attention\(x\d, x\d, x\d, None, x\d, 0.25, True, 0, 0, 0.0\)", printed)
+
+
 def test_hidden_keys_that_are_zeroed_after_the_softmax_too():
     """CPM-Ant: a row that sees nothing gives zeros, as in llmcomp::attention."""
 
