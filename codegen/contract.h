@@ -4,38 +4,18 @@
 // them for itself, where that is less work than waiting for the others), then computes its share of the columns.
 #pragma once
 #include "micro.h"
+#include "work.h"
 
 namespace contract {
 
 using micro::W;
+using work::round_up;
 
 constexpr int64_t TILE = 32;  // columns of a tile
 constexpr int64_t WIDE_TILE = 1024;  // the same where weights are stored (K, N), for long runs in memory
 constexpr int64_t BLOCK = 256;  // operand rows that are packed between two barriers
 constexpr int64_t DEPTH_BLOCK = 2048;  // of this depth, a panel of the operand and a tile of weights fit the L2 cache
 constexpr int64_t PRIVATE = 16384;  // elements that a thread packs in less time than a barrier would take
-
-INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// A thread of a team. A team of one is not asked of OpenMP: its region may be that of our caller.
-struct Member {
-    int64_t rank = 0, size = 1;
-    explicit Member(int64_t team) {
-#ifdef _OPENMP
-        if (team > 1) rank = omp_get_thread_num(), size = omp_get_num_threads();
-#endif
-    }
-    op::Share share(int64_t items) const { return {items * rank / size, items * (rank + 1) / size}; }
-};
-
-// Memory for the length of a call, aligned to cache lines.
-struct Memory {
-    char* const start;
-    explicit Memory(int64_t bytes) : start((char*)__builtin_malloc(bytes + 64)) {}
-    ~Memory() { __builtin_free(start); }
-    Memory(const Memory&) = delete;
-    char* aligned() const { return start + (64 - (uint64_t)start % 64); }
-};
 
 // All sections of a kernel in a row, measured in weight rows: a thread computes the tiles that begin in its part.
 struct Tiles {
@@ -68,7 +48,7 @@ struct Packing {
     static constexpr int64_t PANEL = PANEL_;  // rows that are multiplied together
 
     const int64_t depth, stride;  // a packed row has `stride` elements, zeros behind the first `depth`
-    const Member member;
+    const work::Member member;
     const bool shared;
     float* const line;  // one row, before it is packed
     Packed* const packed;

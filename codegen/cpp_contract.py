@@ -11,7 +11,7 @@
 Weights are read from memory once per block of rows, in order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -30,22 +30,18 @@ from llmcomp.codegen.cpp_body import (
     make_scope,
     parameter,
     print_phases,
-    print_statements,
-    simd_legal,
-    simd_pragma,
 )
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
+from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
 from llmcomp.codegen.kernel import (
     Accumulator,
     Axis,
     Body,
     Buffer,
-    Check,
     Contract,
     Reduce,
     Section,
     Store,
-    vectors,
 )
 
 TILE = 32  # contract::TILE
@@ -91,11 +87,6 @@ class Locals:
     def avoiding(taken: frozenset[str]) -> "Locals":
         """The names, other than those taken."""
         return Locals(*(unused(f.name, taken) for f in fields(Locals)))
-
-
-def unused(stem: str, taken: frozenset[str]) -> str:
-    """`stem`, with underscores until it is not taken."""
-    return unused(stem + "_", taken) if stem in taken else stem
 
 
 @dataclass(frozen=True)
@@ -237,9 +228,7 @@ class _Printer:
                 w.line(f"if ({index(size)} <= 0) return op::report(status, 1);  // nothing to index")
             items = f"({v.columns} + {TILE - 1}) / {TILE}"
             w.line(f"const int64_t {v.team} = op::team(threads, {items}, {v.rows} * {v.depth} * {v.columns});")
-            w.line(
-                f"const contract::Memory {v.memory}({self.operand_type}::bytes({v.rows}, {v.depth}, {v.team}));"
-            )
+            w.line(f"const work::Memory {v.memory}({self.operand_type}::bytes({v.rows}, {v.depth}, {v.team}));")
             w.line(f"if ({v.team} == 1) return {part}")
             w.line(f"#pragma omp parallel num_threads({v.team})")
             w.line(part)
@@ -301,12 +290,8 @@ class _Printer:
         w.line(f"contract::Tiles {v.tiles} = {{{v.operand}.member.share({index(total)})}};")
         for tiles, epilogue in zip(self.tiles, self.epilogues, strict=True):
             with w.block():
-                w.line(
-                    f"const op::Share {v.share} = {v.tiles}.next({index(tiles.count)}, {index(tiles.cost)});"
-                )
-                with w.block(
-                    f"for (int64_t {v.piece} = {v.share}.first; {v.piece} < {v.share}.last; ++{v.piece})"
-                ):
+                w.line(f"const op::Share {v.share} = {v.tiles}.next({index(tiles.count)}, {index(tiles.cost)});")
+                with w.block(f"for (int64_t {v.piece} = {v.share}.first; {v.piece} < {v.share}.last; ++{v.piece})"):
                     self.print_tile(w, tiles, epilogue)
 
     def print_tile(self, w: Writer, tiles: _Tiles, epilogue: Body) -> None:
@@ -319,9 +304,7 @@ class _Printer:
             w.line(f"const int64_t {v.stop} = {index(tiles.stop(_symbol(v.first)))};")
         for a in tiles.section.accumulators:
             self.print_weight(w, tiles, a)
-        with w.block(
-            f"for (int64_t {v.panel} = 0; {v.panel} < {v.operand}.count; {v.panel} += {v.operand}.PANEL)"
-        ):
+        with w.block(f"for (int64_t {v.panel} = 0; {v.panel} < {v.operand}.count; {v.panel} += {v.operand}.PANEL)"):
             self.print_products(w, tiles)
             self.print_epilogue(w, tiles, epilogue)
 
@@ -344,7 +327,7 @@ class _Printer:
         across, along = steps(tiles.section, a)
         if along != 1 and not self.wide:
             room, width = self.name(a, "copy"), self.width(tiles)
-            w.line(f"const contract::Memory {room}(({width}) * {v.depth} * sizeof({ctype}));")
+            w.line(f"const work::Memory {room}(({width}) * {v.depth} * sizeof({ctype}));")
             strides = f"{index(across)}, {index(along)}"
             text = f"contract::gather(({ctype}*){room}.aligned(), {text}, {strides}, {width}, {v.depth})"
         w.line(f"const {ctype}* const {self.name(a, 'weight')} = {text};")
@@ -412,33 +395,6 @@ def names_of(kernel: Contract, bodies: Sequence[Body]) -> frozenset[str]:
     accumulators = {a.name for s in kernel.sections for a in s.accumulators}
     others = {*(a.symbol for a in axes), *kernel.sizes, *(b.name for b in kernel.buffers)}
     return frozenset(values | accumulators | {str(name) for name in others})
-
-
-def print_span(
-    w: Writer, body: Body, axis: Axis, scope: Scope, seeds: Mapping[str, str], head: str
-) -> None:
-    """A body without reductions along a part of `axis`: what is constant along it once, then the loop `head`."""
-    varying = vectors(body, axis.symbol, tuple(seeds))
-    once = [s for s in body if not isinstance(s, Store) and s.out not in varying]
-    rest = [s for s in body if s not in once]
-    w.lines(print_statements(once, scope))
-    if simd_legal(body, axis, scope):
-        w.line(simd_pragma(rest, scope))
-    with w.block(head):
-        w.lines(f"const float {name} = {text};" for name, text in seeds.items())
-        w.lines(print_statements(rest, scope))
-
-
-def function_head(name: str, arguments: Sequence[str]) -> str:
-    """A function head: on one line where it fits, else one argument a line."""
-    line = f"{name}({', '.join(arguments)})"
-    return line if len(line) <= 110 else f"{name}(\n    " + ",\n    ".join(arguments) + "\n)"
-
-
-def positive_sizes(bodies: Sequence[Body]) -> list[sympy.Expr]:
-    """Sizes of checked dimensions that may be zero: a clamped index would read an empty buffer."""
-    found = [s.size for body in bodies for s in body if isinstance(s, Check) and s.mask is None]
-    return [size for size in dict.fromkeys(found) if not size.is_positive]
 
 
 def _symbol(name: str) -> sympy.Symbol:

@@ -78,6 +78,44 @@ INLINE float sum(Vec v) {
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
+// ---- turning a square of lanes ------------------------------------------------------------------------------------------
+
+template <int... LANE>
+struct Lanes {};
+#if defined(__clang__)
+template <typename T, T... LANE>
+using LanesOf = Lanes<LANE...>;
+template <int N>
+using AllLanes = __make_integer_seq<LanesOf, int, N>;
+#else
+template <int N>
+using AllLanes = Lanes<__integer_pack(N)...>;
+#endif
+
+// Exchange blocks of S lanes: the upper blocks of `a` for the lower blocks of `b`.
+template <int S, typename V, int... LANE>
+INLINE void exchange(V& a, V& b, Lanes<LANE...>) {
+    const V low = __builtin_shufflevector(a, b, (LANE & S ? int(W) + LANE - S : LANE)...);
+    b = __builtin_shufflevector(a, b, (LANE & S ? int(W) + LANE : LANE + S)...);
+    a = low;
+}
+
+template <int S, typename V>
+INLINE void exchange_all(V (&rows)[W]) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i)
+        if (!(i & S)) exchange<S>(rows[i], rows[i + S], AllLanes<W>());
+}
+
+// rows[i][j] <-> rows[j][i], in log2(W) rounds of exchanges.
+template <typename V>
+INLINE void transpose(V (&rows)[W]) {
+    exchange_all<1>(rows);
+    exchange_all<2>(rows);
+    if constexpr (W > 4) exchange_all<4>(rows);
+    if constexpr (W > 8) exchange_all<8>(rows);
+}
+
 // ---- widening -------------------------------------------------------------------------------------------------------
 
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
@@ -139,6 +177,10 @@ struct Singles {
     INLINE Vec broadcast_part(const float* p) { return splat(*p); }
     INLINE Vec outer_product(Vec a, Vec b, Vec acc) { return fma(a, b, acc); }
 
+    // GROUP * W neighbours along k.
+    INLINE Vec row(const T* p) { return widen(p); }
+    INLINE Vec row_part(const T* p, int64_t count) { return widen_part(p, count); }
+
     // GROUP rows of W columns, as `outer` reads them when they are packed.
     INLINE Vec columns(const T* p, int64_t) { return widen(p); }
     INLINE Vec columns_part(const T* p, int64_t, int64_t count) { return widen_part(p, count); }
@@ -183,6 +225,9 @@ struct Pairs {
     INLINE Bits broadcast(const bf16* p) { return Bits{} + load<uint32_t>(p); }
     INLINE Bits broadcast_part(const bf16* p) { return Bits{} + uint32_t(p->bits); }
     INLINE Vec outer_product(Bits a, Bits b, Vec acc) { return dot(a, b, acc); }
+
+    INLINE Bits row(const bf16* p) { return load<Bits>(p); }
+    INLINE Bits row_part(const bf16* p, int64_t count) { return load_part<Bits>(p, count); }
 
     INLINE Bits columns(const bf16* p, int64_t ld) { return zip(load<Halves>(p), load<Halves>(p + ld)); }
     INLINE Bits columns_part(const bf16* p, int64_t ld, int64_t count) {
@@ -286,13 +331,13 @@ void dots(
 // ---- outer ----------------------------------------------------------------------------------------------------------
 
 // out[r][c] += sum_k a[r][k] b[k][c] for R rows and V vectors of columns; b is packed as [k / GROUP][c][GROUP] with
-// `ldb` elements from one group to the next.
-template <typename F, int64_t R, int64_t V, typename Factor>
+// `ldb` elements from one group to the next. Without ADD, = in place of +=.
+template <typename F, int64_t R, int64_t V, bool ADD = true, typename Factor>
 void outer(
     float* out, int64_t ldo, const Factor* a, int64_t lda, const typename F::Packed* b, int64_t ldb, int64_t depth
 ) {
-    Vec acc[R][V];
-    for (int64_t r = 0; r < R; ++r)
+    Vec acc[R][V] = {};
+    for (int64_t r = 0; r < R && ADD; ++r)
         for (int64_t v = 0; v < V; ++v) acc[r][v] = load<Vec>(out + r * ldo + v * W);
     int64_t k = 0;
     for (; k + F::GROUP <= depth; k += F::GROUP, b += ldb)

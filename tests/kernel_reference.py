@@ -140,9 +140,7 @@ def _section(
     run_body(section.epilogue, values, buffers, shape)
 
 
-def _experts(
-    kernel: Contract, rows: int, known: Values, buffers: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+def _experts(kernel: Contract, rows: int, known: Values, buffers: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The expert of each row."""
     if kernel.experts is None:
         return torch.zeros(rows, dtype=torch.long)

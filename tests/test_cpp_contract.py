@@ -252,9 +252,7 @@ BY_NAME = {kernel.name: kernel for kernel in (*PLAIN, *FUSED)}
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(
-        [render_contract(kernel) for kernel in BY_NAME.values()], tmp_path_factory.mktemp("contract")
-    )
+    return Library([render_contract(kernel) for kernel in BY_NAME.values()], tmp_path_factory.mktemp("contract"))
 
 
 def tensors(kernel: Contract, shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[torch.Tensor]:
@@ -364,9 +362,7 @@ def test_norm_within_a_head(library: Library, form: str, rows: int) -> None:
     check(library, kernel, tensors(kernel, shapes), (rows,), threads=2)
 
 
-@pytest.mark.parametrize(
-    "ends", [(3, 3, 9, 40), (0, 0, 0, 5), (1, 2, 3, 4), (0, 0, 0, 0), (2, 300, 301, 310)]
-)
+@pytest.mark.parametrize("ends", [(3, 3, 9, 40), (0, 0, 0, 5), (1, 2, 3, 4), (0, 0, 0, 0), (2, 300, 301, 310)])
 @pytest.mark.parametrize("form", ["nk", "kn"])
 def test_experts(library: Library, form: str, ends: tuple[int, ...]) -> None:
     kernel, columns, depth, rows = BY_NAME[f"experts_{form}_bf16"], 45, 70, max(ends[-1], 1)
@@ -420,9 +416,7 @@ def test_portable_twins(tmp_path: Path, machine: str) -> None:
     if not any(flag == "-march=native" for flag in native.flags) or not torch.cpu._is_avx2_supported():
         pytest.skip("the flags are those of x86-64")
     compiler = Compiler(native.command, native.version, (*native.flags, *NARROWER[machine]))
-    kernels = [
-        k for k in PLAIN if k.name in ("linear_nk_bf16_bf16", "linear_nk_f16_f16", "linear_kn_bf16_bf16")
-    ]
+    kernels = [k for k in PLAIN if k.name in ("linear_nk_bf16_bf16", "linear_nk_f16_f16", "linear_kn_bf16_bf16")]
     library = Library([render_contract(kernel) for kernel in kernels], tmp_path, compiler)
     for kernel in kernels:
         for rows in (1, 2, 4, 9, 40):

@@ -1,0 +1,426 @@
+// Attention with an online softmax: softmax(score(q . k)) . v, one block of keys after the other.
+//
+// The query heads that read one head of keys are rows of one problem, so keys and values are read once for all of them.
+// Few rows (a decode step) are multiplied with keys and values where they are; more with a copy of a block, packed for
+// `micro::outer`. A context that is long next to the number of heads is split among threads, and the parts combined
+// (T. Dao et al., "Flash-Decoding for long-context inference", 2023; M. Milakov, N. Gimelshein, "Online normalizer
+// calculation for softmax", 2018).
+#pragma once
+#include "micro.h"
+#include "work.h"
+
+namespace attend {
+
+using micro::load, micro::splat, micro::store, micro::Vec, micro::W;
+
+// (batch, head, position, channel) in elements.
+template <typename T>
+struct Strided {
+    T* start;
+    int64_t batch, head, position, channel;
+    T* at(int64_t b, int64_t h, int64_t i) const { return start + b * batch + h * head + i * position; }
+};
+
+// A score that is q . k times the scale and nothing else; no sinks.
+struct Plain {};
+template <typename T>
+constexpr bool is_plain = false;
+template <>
+constexpr bool is_plain<Plain> = true;
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// exp(x) for x <= 0, as op::exp but for results below the smallest normal float, which are 0.
+INLINE Vec exp_negative(Vec x) {
+    const Vec bounded = x < -87.0f ? splat(-87.0f) : x;  // NaN passes
+    const Vec t = micro::fma(bounded, splat(0x1.715476p0f), splat(op::shifter));
+    const Vec n = t - op::shifter;
+    const Vec r = micro::fma(n, splat(-op::log2_low), micro::fma(n, splat(-op::log2_high), bounded));
+    Vec q = micro::fma(splat(0.00139475975f), r, splat(0.00836724695f));
+    q = micro::fma(q, r, splat(0.0416662656f));
+    q = micro::fma(q, r, splat(0.166665375f));
+    q = micro::fma(q, r, splat(0.5f));
+    q = micro::fma(q, r * r, r) + 1.0f;
+    const micro::Bits power = ((micro::Bits)t + 127u - op::bits<uint32_t>(op::shifter)) << 23;
+    return x < -87.0f ? splat(0.0f) : q * (Vec)power;
+}
+
+INLINE float exp_negative(float x) { return exp_negative(splat(x))[0]; }
+
+INLINE float highest(Vec v) {
+    float best = v[0];
+    for (int64_t i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+INLINE void multiply(float* row, int64_t size, float factor) {
+    for (int64_t c = 0; c < size; c += W) store(row + c, load<Vec>(row + c) * factor);
+}
+
+// What is known of a row after some of its keys.
+struct Row {
+    float highest, sum;
+    int64_t first, stop;  // its visible keys
+};
+
+// Raise the maximum of a row: what was added up with the old one is made smaller.
+INLINE void raise(Row& row, float highest, float* total, int64_t size) {
+    if (!(highest > row.highest)) return;
+    const float factor = row.highest == -op::inff ? 0.0f : exp_negative(row.highest - highest);
+    row.highest = highest;
+    row.sum *= factor;
+    multiply(total, size, factor);
+}
+
+INLINE void put(float* to, Vec v) { store(to, v); }
+#if defined(__AVX512BF16__)
+INLINE void put(bf16* to, Vec v) {
+    micro::Halves h;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
+    store(to, h);
+}
+#endif
+
+// Scores of a block of keys -> their weights, not yet divided by the sum. `size` is a multiple of W.
+template <typename P>
+INLINE void weigh(Row& row, float* scores, P* weights, int64_t size, float* total, int64_t channels) {
+    Vec best = splat(-op::inff);
+    for (int64_t j = 0; j < size; j += W) {
+        const Vec s = load<Vec>(scores + j);
+        best = s > best ? s : best;
+    }
+    raise(row, highest(best), total, channels);
+    const float base = row.highest == -op::inff ? 0.0f : row.highest;
+    Vec sum = {};
+    for (int64_t j = 0; j < size; j += W) {
+        const Vec e = exp_negative(load<Vec>(scores + j) - base);
+        sum += e;
+        put(weights + j, e);
+    }
+    row.sum += micro::sum(sum);
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// T: of q, k and v. GROUP query heads read one head of keys. DIRECT: channels of k and v are neighbours in memory.
+template <typename T, typename Out, int64_t GROUP, int64_t D, int64_t DV, bool DIRECT>
+struct Attention {
+    typedef micro::Format<T, T> Dots;  // q . k, for few rows
+    typedef micro::ColumnFormat<T, T> F;  // both products, for many rows
+    typedef typename F::Packed Packed;
+
+    static constexpr int64_t ROWS = 64;  // query rows of an item
+    static constexpr int64_t KEYS = 128;  // keys of a block
+    static constexpr int64_t FEW = micro::FEW;
+    static constexpr int64_t R = 8;  // rows in registers
+    static constexpr int64_t Q_SIZE = work::round_up(D, 2 * W), V_SIZE = work::round_up(DV, W);
+    static constexpr int64_t SPLIT = 256;  // keys that are worth a thread
+
+    struct Scratch {
+        alignas(64) typename Dots::Packed few[FEW * Q_SIZE];
+        alignas(64) Packed q[ROWS * Q_SIZE];
+        alignas(64) float scores[R * KEYS];
+        alignas(64) Packed weights[R * KEYS];
+        alignas(64) Packed keys[KEYS * Q_SIZE];
+        alignas(64) Packed values[KEYS * V_SIZE];
+        alignas(64) float totals[ROWS * V_SIZE];
+        alignas(64) T copy[DIRECT ? 1 : KEYS * (D > DV ? D : DV)];
+        Row rows[ROWS];
+    };
+    struct Part {
+        Row row;
+        float total[V_SIZE];
+    };
+
+    const int64_t batch, kv_heads, queries, keys;
+    const Strided<const T> q, k, v;
+    const Strided<Out> out;
+    const float scale;
+
+    // ---- how the work is cut ----
+
+    int64_t rows() const { return GROUP * queries; }
+    int64_t tiles() const { return (rows() + ROWS - 1) / ROWS; }
+    int64_t problems() const { return batch * kv_heads * tiles(); }
+    // Parts of the keys, so that every thread gets the same number of items.
+    int64_t splits(int64_t team) const {
+        int64_t common = team;
+        for (int64_t rest = problems(); rest != 0;) {
+            const int64_t r = common % rest;
+            common = rest;
+            rest = r;
+        }
+        return tiles() > 1 ? 1 : op::minimum(team / common, op::maximum<int64_t>(keys / SPLIT, 1));
+    }
+    int64_t items() const { return problems() * op::maximum<int64_t>(keys / SPLIT, 1); }
+    int64_t effort() const { return problems() * op::minimum(rows(), ROWS) * keys * (D + DV); }
+    int64_t bytes(int64_t team) const {
+        const int64_t parts = splits(team) > 1 ? problems() * splits(team) * op::minimum(rows(), ROWS) : 0;
+        return team * int64_t(sizeof(Scratch)) + parts * int64_t(sizeof(Part));
+    }
+
+    // One thread's share. start(i), end(i): the keys that query i may see; score(scores, b, h, i, j, stop): what
+    // happens to the scores of the keys from j on; sink(h): a logit without a value.
+    template <typename Start, typename End, typename Score, typename Sink>
+    void run(
+        char* memory, int64_t team, const Start& start, const End& end, const Score& score, const Sink& sink
+    ) const {
+        const work::Member member(team);
+        Scratch& s = ((Scratch*)memory)[member.rank];
+        Part* const parts = (Part*)((Scratch*)memory + team);
+        const int64_t splits = this->splits(team), height = op::minimum(rows(), ROWS);
+        for (int64_t item = member.rank; item < problems() * splits; item += member.size) {
+            const int64_t problem = item / splits, tile = problem % tiles(), head = problem / tiles();
+            const int64_t b = head / kv_heads, kv = head % kv_heads;
+            const int64_t first = tile * ROWS, count = op::minimum(ROWS, rows() - first);
+            prepare(s, first, count, item % splits, splits, start, end);
+            attend(s, b, kv, first, count, score);
+            if (splits == 1) finish(s, b, kv, first, count, sink);
+            else keep(s, parts + item * height, count);
+        }
+        if (splits == 1) return;
+#pragma omp barrier
+        for (int64_t problem = member.rank; problem < problems(); problem += member.size) {
+            combine(s, parts + problem * splits * height, splits, height);
+            finish(s, problem / kv_heads, problem % kv_heads, 0, height, sink);
+        }
+    }
+
+    // Empty rows, with their visible keys; of those the part `split`.
+    template <typename Start, typename End>
+    void prepare(
+        Scratch& s, int64_t first, int64_t count, int64_t split, int64_t splits, const Start& start, const End& end
+    ) const {
+        int64_t low = keys, high = 0;
+        for (int64_t r = 0; r < work::round_up(count, R); ++r) {
+            const int64_t i = (first + op::minimum(r, count - 1)) / GROUP;
+            Row& row = s.rows[r] = {-op::inff, 0, op::maximum<int64_t>(start(i), 0), op::minimum(end(i), keys)};
+            if (r >= count) row.first = row.stop = 0;
+            low = op::minimum(low, row.first);
+            high = op::maximum(high, row.stop);
+        }
+        const int64_t size = work::round_up((op::maximum(high - low, int64_t(0)) + splits - 1) / splits, KEYS);
+        for (int64_t r = 0; r < count && splits > 1; ++r) {
+            s.rows[r].first = op::maximum(s.rows[r].first, low + split * size);
+            s.rows[r].stop = op::minimum(s.rows[r].stop, low + (split + 1) * size);
+        }
+        __builtin_memset(s.totals, 0, work::round_up(count, R) * V_SIZE * sizeof(float));
+    }
+
+    // ---- one item: rows against all their keys ----
+
+    template <typename Score>
+    void attend(Scratch& s, int64_t b, int64_t kv, int64_t first, int64_t count, const Score& score) const {
+        int64_t low = keys, high = 0;
+        for (int64_t r = 0; r < count; ++r) {
+            if (s.rows[r].first >= s.rows[r].stop) continue;
+            low = op::minimum(low, s.rows[r].first);
+            high = op::maximum(high, s.rows[r].stop);
+        }
+        if constexpr (DIRECT) {
+            if (count == 1) return few<1>(s, b, kv, first, count, low, high, score);
+            if (count == 2) return few<2>(s, b, kv, first, count, low, high, score);
+            if constexpr (FEW >= 8) {
+                if (count <= 4) return few<4>(s, b, kv, first, count, low, high, score);
+                if (count <= 8) return few<8>(s, b, kv, first, count, low, high, score);
+            }
+        }
+        many(s, b, kv, first, count, low, high, score);
+    }
+
+    const T* query(int64_t b, int64_t kv, int64_t row) const { return q.at(b, kv * GROUP + row % GROUP, row / GROUP); }
+
+    // Scores of one row for the keys [j, j + size) -> what the softmax takes, -inf where not visible.
+    template <typename Score>
+    void judge(
+        const Row& row, float* scores, int64_t size, int64_t j, int64_t b, int64_t h, int64_t i, const Score& score
+    ) const {
+        const int64_t first = op::clamp_index(row.first - j, size + 1), stop = op::clamp_index(row.stop - j, size + 1);
+        for (int64_t n = 0; n < size; n += W) store(scores + n, load<Vec>(scores + n) * scale);
+        if constexpr (!is_plain<Score>)
+            if (first < stop) score(scores + first, b, h, i, j + first, j + stop);
+        for (int64_t n = 0; n < first; ++n) scores[n] = -op::inff;
+        for (int64_t n = op::maximum(first, stop); n < size; ++n) scores[n] = -op::inff;
+    }
+
+    // Up to C rows: keys and values are read where they are.
+    template <int64_t C, typename Score>
+    void few(
+        Scratch& s, int64_t b, int64_t kv, int64_t first, int64_t count, int64_t low, int64_t high, const Score& score
+    ) const {
+        const T *const keys_at = k.at(b, kv, 0), *const values_at = v.at(b, kv, 0);
+        for (int64_t c = 0; c < C; ++c) {
+            alignas(64) float line[Q_SIZE] = {};
+            const T* from = query(b, kv, first + op::minimum(c, count - 1));
+            for (int64_t d = 0; d < D; ++d) line[d] = from[d * q.channel];
+            for (int64_t d = 0; d < Q_SIZE; d += Dots::STEP)
+                Dots::pack(s.few + d * C + c * Dots::STEP, line + d);
+        }
+        for (int64_t j = low; j < high; j += KEYS) {
+            const int64_t size = op::minimum(KEYS, high - j);
+            const T* at = keys_at + j * k.position;
+            int64_t n = 0;
+            for (; n + 4 <= size; n += 4)
+                micro::dots<Dots, 4, C>(
+                    s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, at + (n + 8) * k.position
+                );
+            for (; n < size; ++n)
+                micro::dots<Dots, 1, C>(s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, at);
+            for (int64_t c = 0; c < count; ++c) {
+                const int64_t i = (first + c) / GROUP, h = kv * GROUP + (first + c) % GROUP;
+                float* const scores = s.scores + c * KEYS;
+                judge(s.rows[c], scores, work::round_up(size, W), j, b, h, i, score);
+                weigh(s.rows[c], scores, scores, work::round_up(size, W), s.totals + c * V_SIZE, V_SIZE);
+            }
+            at = values_at + j * v.position;
+            typedef micro::Singles<T> Wide;
+            for (n = 0; n + 8 <= size; n += 8)
+                micro::columns_run<Wide, 8, C>(
+                    s.totals, V_SIZE, s.scores + n, KEYS, at + n * v.position, v.position, DV
+                );
+            for (; n < size; ++n)
+                micro::columns_run<Wide, 1, C>(
+                    s.totals, V_SIZE, s.scores + n, KEYS, at + n * v.position, v.position, DV
+                );
+        }
+    }
+
+    // Any number of rows, R at a time against a packed block of keys and values.
+    template <typename Score>
+    void many(
+        Scratch& s, int64_t b, int64_t kv, int64_t first, int64_t count, int64_t low, int64_t high, const Score& score
+    ) const {
+        for (int64_t r = 0; r < work::round_up(count, R); ++r) {
+            const T* from = query(b, kv, first + op::minimum(r, count - 1));
+            for (int64_t d = 0; d < D; ++d) s.q[r * Q_SIZE + d] = r < count ? float(from[d * q.channel]) : 0.0f;
+        }
+        for (int64_t j = low; j < high; j += KEYS) {
+            const int64_t size = op::minimum(KEYS, high - j);
+            pack_keys(s, k.at(b, kv, j), size);
+            pack_values(s, v.at(b, kv, j), size);
+            for (int64_t r = 0; r < count; r += R) {
+                int64_t last = 0, begin = keys;
+                for (int64_t n = r; n < r + R; ++n) {
+                    last = op::maximum(last, s.rows[n].stop);
+                    if (s.rows[n].first < s.rows[n].stop) begin = op::minimum(begin, s.rows[n].first);
+                }
+                const int64_t visible = op::minimum(size, last - j);
+                if (visible > 0 && begin < j + size) block(s, r, b, kv, first, j, visible, score);
+            }
+        }
+    }
+
+    // R rows against `visible` packed keys, from key j on.
+    template <typename Score>
+    void block(
+        Scratch& s, int64_t r, int64_t b, int64_t kv, int64_t first, int64_t j, int64_t visible, const Score& score
+    ) const {
+        const int64_t size = work::round_up(visible, 2 * W);
+        for (int64_t n = 0; n < size; n += 2 * W)
+            micro::outer<F, R, 2, false>(
+                s.scores + n, KEYS, s.q + r * Q_SIZE, Q_SIZE, s.keys + n * F::GROUP, KEYS * F::GROUP, D
+            );
+        for (int64_t n = 0; n < R; ++n) {
+            const int64_t row = first + r + n;
+            float* const scores = s.scores + n * KEYS;
+            judge(s.rows[r + n], scores, size, j, b, kv * GROUP + row % GROUP, row / GROUP, score);
+            weigh(s.rows[r + n], scores, s.weights + n * KEYS, size, s.totals + (r + n) * V_SIZE, V_SIZE);
+        }
+        float* const totals = s.totals + r * V_SIZE;
+        int64_t c = 0;
+        for (; c + 2 * W <= V_SIZE; c += 2 * W)
+            micro::outer<F, R, 2>(
+                totals + c, V_SIZE, s.weights, KEYS, s.values + c * F::GROUP, V_SIZE * F::GROUP, visible
+            );
+        if (c < V_SIZE)
+            micro::outer<F, R, 1>(
+                totals + c, V_SIZE, s.weights, KEYS, s.values + c * F::GROUP, V_SIZE * F::GROUP, visible
+            );
+    }
+
+    // ---- packing ----
+
+    // Rows whose channels are neighbours: where they are, or a copy.
+    const T* rows_of(Scratch& s, const T* from, int64_t channel, int64_t& position, int64_t size, int64_t width) const {
+        if constexpr (DIRECT) return from;
+        for (int64_t n = 0; n < size; ++n)
+            for (int64_t d = 0; d < width; ++d) s.copy[n * width + d] = from[n * position + d * channel];
+        position = width;
+        return s.copy;
+    }
+
+    // Keys as [channel / GROUP][key][GROUP]; those behind the last are zeros.
+    void pack_keys(Scratch& s, const T* from, int64_t size) const {
+        constexpr int64_t SPAN = W * F::GROUP;
+        int64_t position = k.position;
+        from = rows_of(s, from, k.channel, position, size, D);
+        for (int64_t n = 0; n < work::round_up(size, 2 * W); n += W) {
+            for (int64_t d = 0; d < D; d += SPAN) {
+                typename F::Lanes lanes[W];
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < W; ++i) {
+                    const T* at = from + (n + i) * position + d;
+                    if (n + i >= size) lanes[i] = typename F::Lanes{};
+                    else lanes[i] = d + SPAN <= D ? F::row(at) : F::row_part(at, D - d);
+                }
+                micro::transpose(lanes);
+                Packed* to = s.keys + (d / F::GROUP * KEYS + n) * F::GROUP;
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < W; ++i)
+                    if (d + i * F::GROUP < D) store(to + i * KEYS * F::GROUP, lanes[i]);
+            }
+        }
+    }
+
+    // Values as [key / GROUP][channel][GROUP].
+    void pack_values(Scratch& s, const T* from, int64_t size) const {
+        int64_t position = v.position;
+        from = rows_of(s, from, v.channel, position, size, DV);
+        micro::pack_columns<F, V_SIZE>(s.values, from, position, DV, size);
+    }
+
+    // ---- results ----
+
+    // Divide by the sum of the weights; rows that saw nothing are zeros.
+    template <typename Sink>
+    void finish(Scratch& s, int64_t b, int64_t kv, int64_t first, int64_t count, const Sink& sink) const {
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t i = (first + r) / GROUP, h = kv * GROUP + (first + r) % GROUP;
+            Row& row = s.rows[r];
+            float* const total = s.totals + r * V_SIZE;
+            if constexpr (!is_plain<Sink>) {
+                raise(row, sink(h), total, V_SIZE);
+                if (sink(h) > -op::inff) row.sum += exp_negative(sink(h) - row.highest);
+            }
+            const float factor = row.sum == 0 ? 0.0f : 1 / row.sum;
+            Out* const to = out.at(b, h, i);
+            for (int64_t c = 0; c < DV; ++c) to[c * out.channel] = total[c] * factor;
+        }
+    }
+
+    void keep(const Scratch& s, Part* parts, int64_t count) const {
+        for (int64_t r = 0; r < count; ++r) {
+            parts[r].row = s.rows[r];
+            for (int64_t c = 0; c < V_SIZE; ++c) parts[r].total[c] = s.totals[r * V_SIZE + c];
+        }
+    }
+
+    // The parts of a problem, `height` rows each, put together.
+    void combine(Scratch& s, const Part* parts, int64_t splits, int64_t height) const {
+        for (int64_t r = 0; r < height; ++r) {
+            Row& row = s.rows[r] = {-op::inff, 0, 0, 0};
+            float* const total = s.totals + r * V_SIZE;
+            for (int64_t c = 0; c < V_SIZE; ++c) total[c] = 0;
+            for (int64_t n = 0; n < splits; ++n) {
+                const Part& part = parts[n * height + r];
+                if (part.row.highest == -op::inff) continue;
+                raise(row, part.row.highest, total, V_SIZE);
+                const float factor = exp_negative(part.row.highest - row.highest);
+                row.sum += part.row.sum * factor;
+                for (int64_t c = 0; c < V_SIZE; ++c) total[c] += part.total[c] * factor;
+            }
+        }
+    }
+};
+
+}  // namespace attend
