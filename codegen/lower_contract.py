@@ -67,9 +67,8 @@ def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
     value = prologue.named(prologue.at(operand, (*row_index, k.symbol)), compute_dtype(fake(operand).dtype))
     buffers = prologue.buffers
     pullers, sections = [prologue], []
-    for outputs in _by_section(region, layers, inside):
-        traces = [_trace(o, layers, inside) for o in outputs]
-        p, section = _section(traces, region, layers, inside, lead, rows, prologue, k)
+    for segment in _segments(region, layers, inside, lead, rows):
+        p, section = _section(segment, region, layers, inside, lead, rows, prologue, k)
         pullers.append(p)
         sections.append(section)
     ends = None
@@ -86,22 +85,6 @@ def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
             fake(operand).dtype, tuple(sections), ends, count,
         ),
     )  # fmt: skip
-
-
-def _by_section(region: Region, layers: Sequence[Node], inside: Set[Node]) -> list[list[Node]]:
-    """Outputs grouped so that each linear layer is computed in one section."""
-    groups: list[tuple[set[Node], list[Node]]] = []
-    for output in region.outputs:
-        used = {n for n, _ in _trace(output, layers, inside).reads}
-        if not used:
-            raise Unfit(f"{output.name} does not depend on the linear layer")
-        outputs = [output]
-        for other in [g for g in groups if g[0] & used]:
-            used |= other[0]
-            outputs = other[1] + outputs
-            groups.remove(other)
-        groups.append((used, outputs))
-    return [outputs for _, outputs in groups]
 
 
 def _trace(output: Node, layers: Sequence[Node], inside: Set[Node]) -> Trace:
@@ -161,8 +144,101 @@ def _digits(
     return ordered
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What an output reads: columns [start, start + extent) of the result, enumerated by `digits`, of all rows."""
+
+    trace: Trace
+    rows: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    digits: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    start: sympy.Expr
+    extent: sympy.Expr
+
+    @property
+    def shape(self) -> tuple[tuple[sympy.Expr, sympy.Expr], ...]:
+        """(extent, weight) of every digit, most significant first."""
+        return tuple((self.trace.extents[s], w) for s, w in self.digits)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns [start, start + extent) of the result, and the outputs that read them."""
+
+    start: sympy.Expr
+    extent: sympy.Expr
+    outputs: tuple[Columns, ...]
+
+    @property
+    def layout(self) -> tuple[tuple[sympy.Expr, sympy.Expr], ...]:
+        """How the columns are enumerated: as the output with the most dimensions enumerates them.
+
+        Raises:
+            Unfit: the outputs enumerate them in different ways.
+        """
+        found = {c.shape for c in self.outputs if len(c.digits) != 1}
+        if len(found) > 1 or any(
+            (c.start, c.extent) != (self.start, self.extent) for c in self.outputs if c.shape in found
+        ):
+            raise Unfit(f"{self.outputs[-1].trace.output.name} has another layout of columns")
+        return found.pop() if found else ((self.extent, sympy.Integer(1)),)
+
+
+def _columns(trace: Trace, lead: Index, rows: K.Axis) -> Columns:
+    """Which columns an output reads.
+
+    Raises:
+        Unfit: it reads some of the rows, mixes them, or repeats results.
+    """
+    name, extents = trace.output.name, trace.extents
+    positions = {sympy.expand(Space(extents).flatten(at[:-1], lead)) for _, at in trace.reads}
+    if len(positions) != 1:
+        raise Unfit(f"{name} mixes rows")
+    row_digits = _digits(positions.pop(), extents, "rows")
+    if sympy.expand(sympy.Mul(*(extents[s] for s, _ in row_digits))) != rows.size:
+        raise Unfit(f"{name} uses some of the rows")
+    column = sympy.expand(trace.reads[0][1][-1])
+    start = column.as_independent(*extents)[0] if extents else column
+    digits = _digits(sympy.expand(column - start), extents, "columns")
+    symbols = [s for s, _ in (*row_digits, *digits)]
+    if len(set(symbols)) != len(symbols) or set(symbols) != set(extents):
+        raise Unfit(f"{name} repeats the result")
+    extent = sympy.expand(sympy.Mul(*(extents[s] for s, _ in digits)))
+    return Columns(trace, tuple(row_digits), tuple(digits), start, extent)
+
+
+def _segments(region: Region, layers: Sequence[Node], inside: Set[Node], lead: Index, rows: K.Axis) -> list[Segment]:
+    """Sections of the kernel: outputs of the same layers together, cut where one of them begins or ends."""
+    groups: list[tuple[set[Node], list[Columns]]] = []
+    for output in region.outputs:
+        trace = _trace(output, layers, inside)
+        used = {n for n, _ in trace.reads}
+        if not used:
+            raise Unfit(f"{output.name} does not depend on the linear layer")
+        outputs = [_columns(trace, lead, rows)]
+        for other in [g for g in groups if g[0] & used]:
+            used |= other[0]
+            outputs = other[1] + outputs
+            groups.remove(other)
+        groups.append((used, outputs))
+    return [segment for _, outputs in groups for segment in _cut(outputs)]
+
+
+def _cut(outputs: Sequence[Columns]) -> list[Segment]:
+    if len({(c.start, c.extent) for c in outputs}) == 1:
+        return [Segment(outputs[0].start, outputs[0].extent, tuple(outputs))]
+    if not all(c.start.is_Integer and c.extent.is_Integer for c in outputs):
+        raise Unfit(f"{outputs[-1].trace.output.name} reads other columns, their number is symbolic")
+    bounds = sorted({int(x) for c in outputs for x in (c.start, c.start + c.extent)})
+    segments = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        readers = tuple(c for c in outputs if c.start <= low and high <= c.start + c.extent)
+        if readers:
+            segments.append(Segment(sympy.Integer(low), sympy.Integer(high - low), readers))
+    return segments
+
+
 def _section(
-    traces: Sequence[Trace],
+    segment: Segment,
     region: Region,
     layers: Sequence[Node],
     inside: Set[Node],
@@ -171,65 +247,46 @@ def _section(
     prologue: Puller,
     k: K.Axis,
 ) -> tuple[Puller, K.Section]:
-    """The section that computes the outputs of `traces`, which read the same linear layers."""
-    layout: list[tuple[sympy.Symbol, sympy.Expr]] | None = None
-    accumulators: dict[tuple[Node, sympy.Expr], K.Accumulator] = {}
-    p: Puller | None = None
+    """The section that computes one segment."""
+    layout = segment.layout
+    names = [f"h{i}" for i in range(len(layout) - 1)] + ["n"]
+    axes = tuple(K.Axis(axis_symbol(n), extent) for n, (extent, _) in zip(names, layout, strict=False))
+    points: tuple[sympy.Expr, ...] = (axes[-1].symbol,) if axes else (ZERO,)
+    inner: Inner | None = None
     turn = rotation(region)
-    axes: tuple[K.Axis, ...] = ()
-    for trace in traces:
-        space = Space(trace.extents)
-        row_position = {space.flatten(at[:-1], lead) for _, at in trace.reads}
-        if len(row_position) != 1:
-            raise Unfit(f"{trace.output.name} mixes rows")
-        position = sympy.expand(row_position.pop())
-        row_digits = _digits(position, trace.extents, "rows")
-        covered = sympy.expand(sympy.Mul(*(trace.extents[s] for s, _ in row_digits)))
-        if covered != rows.size:
-            raise Unfit(f"{trace.output.name} uses some of the rows")
-        column = sympy.expand(trace.reads[0][1][-1])
-        constant = column.as_independent(*trace.extents)[0] if trace.extents else column
-        columns = _digits(sympy.expand(column - constant), trace.extents, "columns")
-        named = {s for s, _ in row_digits} | {s for s, _ in columns}
-        if len(named) != len(row_digits) + len(columns) or named != set(trace.extents):
-            raise Unfit(f"{trace.output.name} repeats the result")
-        shape = [(trace.extents[s], w) for s, w in columns]
-        if layout is None:
-            layout = shape
-            names = ["n"] if len(shape) == 1 else [f"h{i}" for i in range(len(shape) - 1)] + ["n"]
-            axes = tuple(
-                K.Axis(axis_symbol(name), extent) for name, (extent, _) in zip(names, shape, strict=True)
-            )
-            inner: Inner | None = None
-            points: tuple[sympy.Expr, ...] = (axes[-1].symbol,) if axes else ()
-            rotated = turn is not None and axes and axes[-1].size == turn[0] and _rotated(trace, region)
-            if rotated:
-                assert turn is not None
-                points = channel_points(axes[-1].symbol, *turn)
-            if len(axes) > 1:  # a norm within a head; over a whole row it would leave one tile, so one thread
-                inner = Inner(axes[-1].symbol, points, axes[-1].size)
-            if rotated:
-                axes = (*axes[:-1], K.Axis(axes[-1].symbol, axes[-1].size / 2))
-            extents = {rows.symbol: rows.size, k.symbol: k.size, **{a.symbol: a.size for a in axes}}
-            p = _accumulating(Space(extents), inside, layers, lead, rows, k, accumulators, prologue, inner)
-        elif shape != layout:
-            raise Unfit(f"{trace.output.name} has another layout of columns")
-        assert p is not None
-        for point in points or (ZERO,):
-            chosen: dict[sympy.Symbol, sympy.Expr] = {}
-            for symbol, weight in row_digits:
-                high = p.space.split(rows.symbol, weight)[0]
-                top = symbol == row_digits[0][0]
-                chosen[symbol] = high if top else p.space.split(high, trace.extents[symbol])[1]
-            for (symbol, _), axis in zip(columns, axes, strict=True):
-                chosen[symbol] = point if axis is axes[-1] else axis.symbol
-            write(p, trace.output, tuple(i.xreplace(chosen) for i in trace.index))
-    assert p is not None
-    return p, K.Section(
-        axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),),
-        tuple(accumulators.values()),
-        tuple(p.statements),
-    )
+    rotated = turn is not None and len(axes) > 0 and axes[-1].size == turn[0]
+    if turn is not None and rotated and any(_rotated(c.trace, region) for c in segment.outputs):
+        points = channel_points(axes[-1].symbol, *turn)
+    if len(axes) > 1:  # a norm within a head; over a whole row it would leave one tile, so one thread
+        inner = Inner(axes[-1].symbol, points, axes[-1].size)
+    if len(points) > 1:
+        axes = (*axes[:-1], K.Axis(axes[-1].symbol, axes[-1].size / len(points)))
+    extents = {rows.symbol: rows.size, k.symbol: k.size, **{a.symbol: a.size for a in axes}}
+    accumulators: dict[tuple[Node, sympy.Expr], K.Accumulator] = {}
+    p = _accumulating(Space(extents), inside, layers, lead, rows, k, accumulators, prologue, inner)
+    for columns in segment.outputs:
+        for point in points:
+            position = (*(a.symbol for a in axes[:-1]), point)
+            write(p, columns.trace.output, _output_index(p, columns, segment, position, rows))
+    section_axes = axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),)
+    return p, K.Section(section_axes, tuple(accumulators.values()), tuple(p.statements))
+
+
+def _output_index(
+    p: Puller, columns: Columns, segment: Segment, position: tuple[sympy.Expr, ...], rows: K.Axis
+) -> Index:
+    """Where in an output the result of a row and of a column of the segment belongs."""
+    extents, chosen = columns.trace.extents, {}
+    for symbol, weight in columns.rows:
+        high = p.space.split(rows.symbol, weight)[0]
+        top = symbol == columns.rows[0][0]
+        chosen[symbol] = high if top else p.space.split(high, extents[symbol])[1]
+    if columns.shape == segment.layout:
+        chosen |= {s: at for (s, _), at in zip(columns.digits, position, strict=False)}
+    else:
+        flat = sympy.Add(*(at * weight for at, (_, weight) in zip(position, segment.layout, strict=False)))
+        chosen[columns.digits[0][0]] = sympy.expand(segment.start - columns.start + flat)
+    return tuple(i.xreplace(chosen) for i in columns.trace.index)
 
 
 def _rotated(trace: Trace, region: Region) -> bool:
