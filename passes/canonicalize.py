@@ -1,12 +1,13 @@
 """One spelling for what can be written in many ways: no-ops go, casts and views of views merge.
 
     detach(x), alias(x), lift_fresh_copy(x)      ->  x
-    clone(x), x * 1.0, i + 0, _to_copy(x)        ->  x                          where the layout stays
+    clone(x), x * 1.0, i + 0, copy(y, x)         ->  x                          where the layout stays
     view(x, shape of x), x[0:], transpose twice  ->  x
     view(view(x, a), b)                          ->  view(x, b)
     _unsafe_view(x, a)                           ->  view(x, a)
     bf16(f32(x)), x of bf16                      ->  x
     cat([empty, x])                              ->  x, or a contiguous clone
+    add.Scalar(x, 1)                             ->  add.Tensor(x, 1)
 
 A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an
 input or with another result, and copies of memory that the graph writes into stay.
@@ -94,6 +95,21 @@ def merge_views(node: Node, writes: Written) -> Node | None:
     return _before(node, aten.view.default, start, node.args[1])
 
 
+NUMBERS = {
+    aten.add.Scalar: aten.add.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+}
+
+
+def number_operand(node: Node, writes: Written) -> Node | None:
+    """add.Scalar(x, 1) -> add.Tensor(x, 1): models call this one, decompositions the other."""
+    if node.target not in NUMBERS:
+        return None
+    return _before(node, NUMBERS[node.target], *node.args, **node.kwargs)
+
+
 def merge_casts(node: Node, writes: Written) -> Node | None:
     """f64(f32(x)) -> f64(x) where the inner cast loses nothing; convert_element_type becomes _to_copy."""
     if node.target is torch.ops.prims.convert_element_type.default:
@@ -132,12 +148,13 @@ def drop_copy(node: Node, writes: Written) -> Node | None:
     """A copy of the same values in the same layout, where nobody can tell it from its source."""
     if node.target not in COPIES and not is_cast(node) and not _is_neutral(node):
         return None
-    x, a = source(node), val(node)
+    # copy(destination, x) is what x is after it was written over the destination.
+    x, a = source(node, 1 if node.target is aten.copy.default else 0), val(node)
     same = a.dtype == val(x).dtype and a.device == val(x).device and same_layout(a, val(x))
     return x if same and _may_share(node, x, writes) else None
 
 
-COPIES = (aten.clone.default, aten.lift_fresh_copy.default)
+COPIES = (aten.clone.default, aten.lift_fresh_copy.default, aten.copy.default)
 
 
 def _is_neutral(node: Node) -> bool:
@@ -175,7 +192,7 @@ def _is_empty(node: Node) -> bool:
     return any(same_size(n, 0) for n in val(node).shape)
 
 
-RULES: tuple[Rule, ...] = (merge_views, merge_casts, drop_empty, drop_view, drop_copy)
+RULES: tuple[Rule, ...] = (number_operand, merge_views, merge_casts, drop_empty, drop_view, drop_copy)
 
 
 def _before(node: Node, target: OpOverload, *args: Argument, **kwargs: Argument) -> Node:

@@ -41,28 +41,25 @@ RECOGNIZE_LINEAR = Pass("recognize_linear", _run, needs=frozenset({SHAPES}))
 def _parts(node: Node) -> Parts | None:
     """(x, weight, bias, kn) of a matrix product, or None."""
     if node.target is aten.linear.default:
-        x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
-        return _checked(x, weight, bias, False)
+        bias = argument(node, "bias")
+        weight, transposed = _untransposed(argument(node, "weight"))
+        return source(node), weight, bias if isinstance(bias, Node) else None, transposed
     if node.target is aten.mm.default:
-        return _checked(node.args[0], *_untransposed(node.args[1], None))
+        weight, transposed = _untransposed(node.args[1])
+        return source(node), weight, None, not transposed
     if node.target is aten.addmm.default and argument(node, "beta") == argument(node, "alpha") == 1:
-        bias, x, weight = node.args[:3]
-        return _checked(x, *_untransposed(weight, bias))
+        weight, transposed = _untransposed(node.args[2])
+        return source(node, 1), weight, source(node), not transposed
     return None
 
 
-def _checked(x: object, weight: object, bias: object, kn: bool) -> Parts:
-    assert isinstance(x, Node) and isinstance(weight, Node) and (bias is None or isinstance(bias, Node))
-    return x, weight, bias, kn
-
-
-def _untransposed(weight: object, bias: object) -> tuple[object, object, bool]:
-    """(weight, bias, kn): a transposed matrix is given as what it was before."""
+def _untransposed(weight: object) -> tuple[Node, bool]:
+    """(w, True) where `weight` is the transposed matrix w, else (weight, False)."""
     assert isinstance(weight, Node)
     transposes = {aten.t.default: (), aten.transpose.int: (0, 1), aten.permute.default: ([1, 0],)}
     if weight.target in transposes and weight.args[1:] == transposes[weight.target]:
-        return weight.args[0], bias, False
-    return weight, bias, True
+        return source(weight), True
+    return weight, False
 
 
 def _unfit(x: Node, weight: Node, bias: Node | None, kn: bool) -> str | None:

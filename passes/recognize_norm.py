@@ -59,7 +59,7 @@ class Scaled:
 
 def _run(graph: Graph, report: Report) -> None:
     for node in list(graph.nodes):
-        report.rewrites += _native(node) or _written_out(node, report)
+        report.rewrites += _native(node, report) or _written_out(node, report)
 
 
 RECOGNIZE_NORM = Pass("recognize_norm", _run, needs=frozenset({SHAPES}))
@@ -93,7 +93,7 @@ def _unfit(node: Node, x: Node, m: Node, square: MeanSquare) -> str | None:
     if not val(x).dtype.is_floating_point:
         return f"the norm is of {val(x).dtype}"
     if square.summed and not isinstance(val(x).shape[-1], int):
-        return "the length of a vector of unknown size"
+        return "the vector is of a length that is not known"
     between = m
     while between is not node:
         user = only_user(between)
@@ -239,14 +239,18 @@ def _dtype(x: Node, last: Node) -> tuple[torch.dtype, ...]:
     return () if val(x).dtype == val(last).dtype else (val(last).dtype,)
 
 
-def _native(node: Node) -> bool:
+def _native(node: Node, report: Report) -> bool:
     """Rewrite getitem(native_layer_norm(x, [N], w, b, eps), 0) where no one reads the statistics."""
-    norm = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(norm, Node) or norm.target is not aten.native_layer_norm.default or node.args[1] != 0:
+    norm = source(node) if node.target is operator.getitem else node
+    if norm.target is not aten.native_layer_norm.default or norm is node or node.args[1] != 0:
+        return False
+    if any(user is not node for user in norm.users):
+        report.miss(node, "the mean or the deviation is read too")
         return False
     x, shape, weight, bias, eps = norm.args
     assert isinstance(x, Node) and isinstance(shape, list | tuple) and isinstance(eps, float | int)
-    if len(shape) != 1 or any(user is not node for user in norm.users):
+    if len(shape) != 1:
+        report.miss(node, f"the norm is over the last {len(shape)} axes")
         return False
     w, b = (uncast(n) if isinstance(n, Node) else None for n in (weight, bias))
     _replace_by_layer_norm(Scaled(narrowed(node), w, bias=b), uncast(x), eps)

@@ -17,7 +17,6 @@ Function = Callable[..., Any]
 
 def capture(fn: Function, *inputs: Any, dynamic: bool | None = None) -> GraphModule:
     """The inference graph of `fn(*inputs)`; `gm.meta["inputs"]` are its real inputs."""
-    torch._dynamo.reset()
     return capture_function(fn, *inputs, dynamic=dynamic)
 
 
