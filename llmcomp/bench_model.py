@@ -1,0 +1,95 @@
+"""The model that a benchmark runs: any config class of transformers, with random weights.
+
+Setup("LlamaConfig", {"hidden_size": 2048}, "bfloat16", "cpu").build()
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+TINY = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+MODELS: dict[str, dict[str, object]] = {"tiny": dict(TINY), "llama-3.2-1b": dict(LLAMA_1B)}
+
+# Random numbers are slow to draw by the billion: one stretch of them is repeated, of a prime length, so that
+# no two rows of a weight are equal.
+STRETCH = 1_000_003
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its type and where it runs."""
+
+    config: str  # the name of a config class of transformers
+    settings: dict[str, Any]
+    dtype: str
+    device: str
+    threads: int
+
+    def build(self) -> transformers.PreTrainedModel:
+        """The model in eval mode, with seeded weights."""
+        config = getattr(transformers, self.config)(**self.settings)
+        torch.set_default_dtype(getattr(torch, self.dtype))
+        try:
+            with no_init_weights(), torch.device(self.device):
+                model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.tie_weights()
+        fill(model)
+        # Every run is to give as many tokens as it was asked for.
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        model.eval()
+        return model
+
+    def prompt(self, batch: int, length: int) -> Tensor:
+        """Token ids (batch, length)."""
+        vocabulary = getattr(transformers, self.config)(**self.settings).get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(3, vocabulary, (batch, length), generator=generator).to(self.device)
+
+
+def fill(model: nn.Module) -> None:
+    """Matrices get random numbers of standard deviation 0.02, biases 0, other vectors (norm weights) 1."""
+    parameters = dict(model.named_parameters())
+    some = next(iter(parameters.values()))
+    stretch = 0.02 * torch.randn(STRETCH, generator=torch.Generator().manual_seed(0))
+    stretch = stretch.to(some.device, some.dtype)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            if p.ndim < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            for piece in torch.split(p.view(-1), STRETCH):
+                piece.copy_(stretch[: piece.numel()])
+
+
+def bytes_per_token(model: transformers.PreTrainedModel) -> int:
+    """Bytes of weights that one decoding step reads: all but the rows of an untied input embedding."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    inputs = cast(nn.Embedding, model.get_input_embeddings()).weight
+    outputs = cast(nn.Linear, model.get_output_embeddings()).weight
+    return total if inputs is outputs else total - inputs.numel() * inputs.element_size()

@@ -1,0 +1,118 @@
+"""One peer of a benchmark, in a process of its own: builds the model, then does what it reads from stdin.
+
+    {"do": "generate", "batch": 1, "prompt": 64, "new": 64}  ->  {"first": 0.1, "rest": 2.5, "tokens": [...]}
+    {"do": "memory"}                                         ->  {"peak": 2.5e9, "base": 0.4e9}
+
+Answers are lines that begin with MARK; anything else on stdout is chatter of the libraries.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from llmcomp.bench_model import Setup, bytes_per_token
+
+MARK = "bench:"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to run the model: a backend of torch.compile or none, and what is set before torch starts."""
+
+    backend: str | None
+    mode: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+PEERS = {
+    "eager": Peer(None),
+    "dynamo": Peer("eager"),  # Dynamo's own trace, which every backend pays for
+    "inductor": Peer("inductor"),
+    "inductor-freezing": Peer("inductor", environment={"TORCHINDUCTOR_FREEZING": "1"}),
+    "inductor-max-autotune": Peer("inductor", "max-autotune"),
+    "llmcomp": Peer("llmcomp"),
+    "llmcomp-max-autotune": Peer("llmcomp", "max-autotune"),
+}
+
+
+class Clock(BaseStreamer):
+    """Notes when each token arrives; the first call is that of the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called by generate with the prompt, then with the tokens of each step."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate at the end."""
+
+
+def generate(model: transformers.PreTrainedModel, setup: Setup, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """Seconds to the first token and from there to the last, and the tokens of the first row."""
+    ids, clock = setup.prompt(batch, prompt), Clock()
+    start = time.perf_counter()
+    with torch.no_grad():
+        out: Tensor = model.generate(  # type: ignore[operator]  # transformers types it as Tensor | Module
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            disable_compile=True,
+            streamer=clock,
+        )
+    first, last = clock.times[1], clock.times[-1]
+    return {"first": first - start, "rest": last - first, "tokens": out[0, prompt:].tolist()}
+
+
+def memory(device: str, base: float) -> dict[str, float]:
+    """The most bytes that this process has held, and those it held before the model."""
+    if device == "cuda":
+        return {"peak": float(torch.cuda.max_memory_allocated()), "base": 0.0}
+    return {"peak": resident(), "base": base}
+
+
+def resident() -> float:
+    """The largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def answer(fields: Mapping[str, object]) -> None:
+    """Write one line to the parent."""
+    print(MARK + json.dumps(fields), flush=True)
+
+
+def commands() -> Iterator[dict[str, Any]]:
+    """What the parent asks, until it closes the pipe."""
+    return map(json.loads, sys.stdin)
+
+
+def main() -> None:
+    """Serve one peer: `python -m llmcomp.bench_peer PEER SETUP`."""
+    peer, setup = PEERS[sys.argv[1]], Setup(**json.loads(sys.argv[2]))
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(setup.threads)
+    base = resident()
+    model = setup.build()
+    if peer.backend is not None:
+        model.compile(backend=peer.backend, mode=peer.mode)
+    answer({"weights": bytes_per_token(model), "pid": os.getpid()})
+    for command in commands():
+        do = command.pop("do")
+        answer(generate(model, setup, **command) if do == "generate" else memory(setup.device, base))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The benchmark measures what it says: rates, interleaving, memory, tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmcomp.bench import Load, Measured, main, parse, rate, setting, setup_of, table
+from llmcomp.bench_machine import Bandwidth
+from llmcomp.bench_model import Setup, bytes_per_token
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_rates() -> None:
+    answer = {"first": 0.5, "rest": 2.0}
+    assert rate(Load("prefill 512", 1, 512, 2), answer) == 1024
+    assert rate(Load("decode b8", 8, 64, 5), answer) == 16
+
+
+def test_the_table_holds_medians() -> None:
+    work = (Load("decode b1", 1, 64, 5), Load("prefill 8", 1, 8, 2))
+    rates = {"decode b1": [1.0, 10.0, 100.0], "prefill 8": [5.0, 6.0, 7.0]}
+    peers = {
+        "eager": Measured(3.0, 2.0, 10**9, 3e9, 1e9, rates, [1, 2, 3, 4]),
+        "llmcomp": Measured(None, 2.0, 10**9, 3e9, 1e9, rates, [1, 2, 3, 5]),
+    }
+    lines = table(peers, work, 40e9).splitlines()
+    assert lines[2] == "| eager | 10.0 | 6.0 | 3.0 | 2.0 | 2.00 | 25% | 4/4 |"
+    assert lines[3] == "| llmcomp | 10.0 | 6.0 | - | 2.0 | 2.00 | 25% | 3/4 |"
+
+
+def test_the_command_line_makes_the_model() -> None:
+    args = parse(["--model", "tiny", "--vocab", "77", "--set", "num_hidden_layers=1", "hidden_act=gelu"])
+    settings = setup_of(args).settings
+    assert (settings["vocab_size"], settings["num_hidden_layers"], settings["hidden_act"]) == (77, 1, "gelu")
+    assert setup_of(parse(["--config", "Qwen3Config"])).settings == {}
+    assert setting("a=[1]") == ("a", [1]) and setting("a=b") == ("a", "b")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_filled_and_counted(tied: bool) -> None:
+    setup = Setup("LlamaConfig", {**SMALL, "tie_word_embeddings": tied}, "bfloat16", "cpu", 1)
+    model = setup.build()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert 0.01 < weight.float().std() < 0.03 and not torch.equal(weight[0], weight[1])
+    assert bool((model.model.norm.weight == 1).all())
+    total = sum(p.numel() for p in model.parameters())
+    assert bytes_per_token(model) == 2 * (total - (0 if tied else 64 * 32))
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_bandwidth_is_that_of_a_machine() -> None:
+    assert 1e8 < Bandwidth("cpu", 1).measure(repeats=1) < 1e13
+
+
+def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    dimensions = [f"{k}={v}" for k, v in SMALL.items()]
+    command = ["--peers", "eager,llmcomp", "--rounds", "2", "--no-cold", "--new", "4", "--prefill", "16"]
+    main([*command, "--batch", "1", "--dtype", "float32", "--json", str(path), "--set", *dimensions])
+    found = json.loads(path.read_text())
+    assert len(found["bandwidth"]) == 2 and len(found["peers"]["llmcomp"]["rates"]["decode b1"]) == 2
+    assert found["peers"]["llmcomp"]["tokens"] == found["peers"]["eager"]["tokens"]
+    assert "| llmcomp |" in capfd.readouterr().out
