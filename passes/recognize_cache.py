@@ -34,6 +34,7 @@ def _run(graph: Graph, report: Report) -> None:
         if (simpler := _simplified(node)) is not None:
             g.replace(node, simpler)
             report.rewrites += 1
+    graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if (write := read_write(node)) is not None:
             reason = _obstacle(write)
@@ -69,7 +70,24 @@ class Write:
 def read_write(node: Node) -> Write | None:
     """The update that a call makes to a copy of its first argument, or None where it is of no known form."""
     rule = _RULES.get(node.target)
-    return None if rule is None else rule(node)
+    write = None if rule is None else rule(node)
+    return None if write is None else replace(write, cache=_whole(write.cache), value=_uncopied(write.value))
+
+
+def _uncopied(value: Node) -> Node:
+    """What a value was before it was cast and expanded to the part of the cache that it goes to."""
+    source = value.args[1] if value.target is aten.copy.default else value
+    assert isinstance(source, Node)
+    return source
+
+
+def _whole(node: Node) -> Node:
+    """What a node is a view of, if it shows all of it as it is."""
+    while g.is_view(node) and g.same_layout(val(node), val(node.args[0])):  # type: ignore[arg-type]
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return node
 
 
 def _index_copy(node: Node) -> Write | None:
@@ -98,11 +116,7 @@ def _slice_scatter(node: Node) -> Write | None:
     cache, value = argument(node, "self"), argument(node, "src")
     assert isinstance(cache, Node) and isinstance(value, Node)
     inner = read_write(value)
-    if (
-        inner is not None
-        and inner.cache.target is aten.slice.Tensor
-        and _same_slice(node, inner.cache, cache)
-    ):
+    if inner is not None and inner.cache.target is aten.slice.Tensor and _same_slice(node, inner.cache, cache):
         return replace(inner, node=node, cache=cache)
     dim = int(argument(node, "dim")) % val(cache).dim()  # type: ignore[arg-type]
     start, count = known(argument(node, "start")) or 0, val(value).shape[dim]
@@ -155,8 +169,6 @@ def _obstacle(write: Write) -> str | None:
             return "the result is not copied back into the cache"
         if g.is_returned(node):
             return "the result is returned as a tensor of its own"
-    if base(write.value) is cache:
-        return "the cache is written from itself"
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     for view in g.views(cache):
         for reader in view.users:
@@ -200,10 +212,9 @@ def _write_in_place(write: Write) -> None:
 def _value(write: Write) -> Node:
     """The value in the dtype and the shape of the part of the cache that it goes to."""
     graph, value = write.node.graph, write.value
-    if value.target is aten.copy.default:
-        source = value.args[1]
-        assert isinstance(source, Node)
-        value = source
+    if base(value) is write.cache:
+        # What moves within the cache is read before it is written.
+        value = insert(graph, aten.clone.default, value, memory_format=torch.contiguous_format)
     if val(value).dtype != val(write.target).dtype:
         value = insert(graph, aten._to_copy.default, value, dtype=val(write.target).dtype)
     shape: list[Size] = list(val(write.target).shape)
