@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
-from llmcomp import bisect, debug, integrate, verify
+from llmcomp import bisect, compat, debug, integrate, verify
 from llmcomp.capture import capture_graph
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.options import Options, read_options
@@ -58,7 +58,8 @@ def compile_model(
     """Compile one Dynamo graph; `watch` sees the report of each ATen graph that it becomes."""
 
     def compile_graph(graph: GraphModule, fake_inputs: Sequence[Any]) -> Program:
-        program, report = compile_aten(graph, options)
+        with compat.real_tensors():  # passes look at constants and evaluate small functions
+            program, report = compile_aten(graph, options)
         watch(report)
         return program
 
