@@ -82,7 +82,9 @@ def _marking(kind: str, compile_graph: CompileGraph) -> CompileGraph:
         for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             node.meta["static"] = i in static
         gm.meta["kind"] = kind
-        return compile_graph(gm, inputs)
+        # The compiler is called in the middle of tracing, but works on constants and tables of its own.
+        with compat.real_tensors(), compat.no_fallback():
+            return compile_graph(gm, inputs)
 
     return compile_marked
 
@@ -120,6 +122,4 @@ def capture(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> Grap
     except _Captured as captured:
         captured.gm.meta["inputs"] = captured.inputs
         return captured.gm
-    raise CaptureError(
-        "expected a function that computes on tensors, found one that leaves no graph to compile"
-    )
+    raise CaptureError("expected a function that computes on tensors, found one that leaves no graph to compile")

@@ -46,12 +46,8 @@ def keep_whole(ops: Sequence[torch._ops.OpOverload]) -> Iterator[None]:
 
     Right for inference graphs only: a kept operator has no derivative, and its gradient is silently lost.
     """
-    override = private(
-        "torch.export.exported_program", "_override_composite_implicit_decomp", "keeps operators whole"
-    )
-    preserve = private(
-        "torch.export.exported_program", "_special_op_to_preserve_cia", "keeps operators whole"
-    )
+    override = private("torch.export.exported_program", "_override_composite_implicit_decomp", "keeps operators whole")
+    preserve = private("torch.export.exported_program", "_special_op_to_preserve_cia", "keeps operators whole")
     with _keeping, override({op: preserve for op in ops}):
         yield
 
@@ -100,9 +96,7 @@ def _undynamoed(compile_graph: GraphCompiler) -> GraphCompiler:
     """Keep Dynamo out of a backward pass: it compiles and runs wherever the user calls `backward()`."""
 
     def compile_undynamoed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        program: Callable[..., Any] = torch.compiler.disable(
-            torch.compiler.disable(compile_graph)(gm, inputs)
-        )
+        program: Callable[..., Any] = torch.compiler.disable(torch.compiler.disable(compile_graph)(gm, inputs))
         return program
 
     return compile_undynamoed
@@ -120,11 +114,26 @@ def static_inputs() -> frozenset[int]:
 
 def real_tensors() -> AbstractContextManager[None]:
     """Let operators work on real tensors inside, also while AOTAutograd traces with fake ones."""
-    disable = private(
-        "torch.utils._python_dispatch", "_disable_current_modes", "suspends fake tensors and tracing"
-    )
+    disable = private("torch.utils._python_dispatch", "_disable_current_modes", "suspends fake tensors and tracing")
     context: AbstractContextManager[None] = disable()
     return context
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """Keep Dynamo from running the graph in eager, with no more than a log line, where the compiler failed.
+
+    It does so for errors about values that tracing does not know, wherever they come from.
+    """
+    purpose = "lets Dynamo run a graph in eager"
+    falls_back = private("torch._dynamo.exc", "exceptions_allowed_to_be_fallback", purpose)
+    try:
+        yield
+    except falls_back as error:
+        raise LlmcompError(
+            f"expected to compile without the values of tensors, found a need for one ({error}): "
+            "please report this, with the folder that LLMCOMP_DUMP=folder writes"
+        ) from error
 
 
 def raise_default_recompile_limit(limit: int) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llmcomp.capture import capture, capture_graph, needs_grad
@@ -120,6 +121,28 @@ def test_gradients_of_an_input_of_frozen_parameters():
     _, y = grad_kinds(layer, x)
     y.sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 4))
+
+
+def test_the_compiler_works_on_real_tensors():
+    def compile_graph(gm, fake_inputs):
+        assert torch.ones(2).sum().item() == 2
+        return gm.forward
+
+    def backend(gm, inputs):
+        return capture_graph(gm, inputs, compile_graph)
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(3))
+
+
+def test_a_compiler_that_asks_for_values_is_no_silent_fallback():
+    def compile_graph(gm, fake_inputs):
+        return gm.graph.output_node().args[0][0].meta["val"].item()
+
+    def backend(gm, inputs):
+        return capture_graph(gm, inputs, compile_graph)
+
+    with pytest.raises(BackendCompilerFailed, match="LlmcompError: expected .* LLMCOMP_DUMP"):
+        torch.compile(torch.sum, backend=backend, dynamic=False)(torch.ones(3))
 
 
 def test_needs_grad():

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 import llmcomp.backend
 from llmcomp import compat
+from llmcomp.errors import LlmcompError
 
 aten = torch.ops.aten
 
@@ -101,6 +102,7 @@ def test_default_recompile_limit_is_raised_for_every_thread_and_user_values_stay
 import threading, torch, torch._dynamo
 from torch._dynamo import config
 from llmcomp import compat
+from llmcomp.errors import LlmcompError
 compat.raise_default_recompile_limit(100)
 assert config.recompile_limit == 100
 compat.raise_default_recompile_limit(50)
@@ -144,6 +146,13 @@ def test_real_tensors_can_be_read_among_fake_ones():
         with compat.real_tensors():
             assert real.item() == -3.0
         assert isinstance(torch.zeros(2), FakeTensor)
+
+
+def test_errors_that_dynamo_answers_with_eager_are_errors():
+    with FakeTensorMode(), pytest.raises(LlmcompError, match="found a need for one"), compat.no_fallback():
+        torch.ones(2).sum().item()
+    with pytest.raises(KeyError), compat.no_fallback():
+        raise KeyError
 
 
 def test_a_name_that_torch_lost_gives_a_readable_error():
