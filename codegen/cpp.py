@@ -1,7 +1,4 @@
-"""Kernel -> C++ source: one translation unit with one `extern "C"` function.
-
-Map and Rows are printed here, Contract and Attend by cpp_contract.py and cpp_attend.py.
-"""
+"""Map and Rows -> C++ source: one translation unit with one `extern "C"` function."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +20,7 @@ from llmcomp.codegen.cpp_body import (
 )
 from llmcomp.codegen.cpp_expr import index
 from llmcomp.codegen.cpp_function import count, item_loop, kernel_function, merge_axes
-from llmcomp.codegen.kernel import OPERATIONS, Axis, Body, Kernel, Map, Rows, Store, vectors
+from llmcomp.codegen.kernel import Axis, Body, Map, Rows, Store, vectors
 
 # A Map splits its last axis in pieces of this many elements, so that few long rows still keep all threads
 # busy.
@@ -38,27 +35,27 @@ KEYWORDS = frozenset(
     or private protected public register return short signed sizeof static struct switch template this
     throw true try typedef typeid typename union unsigned using virtual void volatile while xor""".split()
 )
+# Functions that prelude.h calls: a kernel of that name would be called instead.
+LIBRARY = frozenset(
+    """abs acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh div erf erfc exp exp2 expm1 floor fma fmax
+    fmin fmod free hypot log log10 log1p log2 malloc memcpy memset pow remainder rint sin sinh sqrt tan tanh
+    trunc""".split()
+)
 
 
-def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
+def render(kernel: Map | Rows, comment: Sequence[str] = ()) -> Source:
     """The C++ source of `kernel`; `comment` names the graph nodes that it computes.
 
     The exported symbol, `Source.name`, is the kernel's name unless that means something else in C++.
     """
     kernel = replace(kernel, name=symbol(kernel.name))
-    match kernel:
-        case Map():
-            text = render_map(kernel)
-        case Rows():
-            text = render_rows(kernel)
-        case _:
-            raise NotImplementedError(f"no C++ printer for {type(kernel).__name__}")
+    text = render_map(kernel) if isinstance(kernel, Map) else render_rows(kernel)
     return Source(kernel.name, "cpp", text, tuple(comment))
 
 
 def symbol(name: str) -> str:
-    """A name that is no keyword or function of the C library: a kernel `cos` would be called for cosine."""
-    return f"{name}_kernel" if name in KEYWORDS or name in OPERATIONS else name
+    """A name that means nothing else in C++."""
+    return f"{name}_kernel" if name in KEYWORDS | LIBRARY else name
 
 
 def render_map(kernel: Map) -> str:
@@ -67,9 +64,7 @@ def render_map(kernel: Map) -> str:
     *outer, inner = axes
     scope = make_scope(kernel.buffers, [body])
     whole = inner.size.is_Integer and int(inner.size) <= PIECE
-    piece = Axis(
-        sympy.Symbol("piece", integer=True, nonnegative=True), FloorDiv(inner.size + PIECE - 1, PIECE)
-    )
+    piece = Axis(sympy.Symbol("piece", integer=True, nonnegative=True), FloorDiv(inner.size + PIECE - 1, PIECE))
     item_axes = outer if whole else [*outer, piece]
     w = Writer()
     items, work = count(item_axes), count(axes)

@@ -12,7 +12,7 @@ import torch
 
 from llmcomp.codegen.build import HEADERS, Cache, Compiler, Source, build, find_compiler
 from llmcomp.codegen.cpp import render
-from llmcomp.codegen.kernel import Kernel
+from llmcomp.codegen.kernel import Map, Rows
 
 
 def axis(name: str) -> sympy.Symbol:
@@ -28,17 +28,13 @@ def size(name: str) -> sympy.Symbol:
 class Library:
     """Kernels compiled as one translation unit: a compiler run is the expensive part of a test."""
 
-    def __init__(
-        self, kernels: Sequence[Kernel | Source], folder: Path, compiler: Compiler | None = None
-    ) -> None:
+    def __init__(self, kernels: Sequence[Map | Rows | Source], folder: Path, compiler: Compiler | None = None) -> None:
         sources = [k if isinstance(k, Source) else render(k) for k in kernels]
         whole = Source(sources[0].name, "cpp", "\n".join(s.text for s in sources))
         (self.built,) = build([whole], Cache(folder), compiler)
         self.library = ctypes.CDLL(str(self.built.path))
 
-    def call(
-        self, name: str, buffers: Sequence[torch.Tensor], sizes: Sequence[int] = (), threads: int = 1
-    ) -> int:
+    def call(self, name: str, buffers: Sequence[torch.Tensor], sizes: Sequence[int] = (), threads: int = 1) -> int:
         """Run the kernel `name`; returns its status."""
         status = ctypes.c_int64(0)
         pointers = [ctypes.c_void_p(b.data_ptr()) for b in buffers]
@@ -51,7 +47,7 @@ class Library:
 class Call:
     """A kernel and what to run it on."""
 
-    kernel: Kernel
+    kernel: Map | Rows
     buffers: Sequence[torch.Tensor]
     sizes: Sequence[int]
 
@@ -94,8 +90,6 @@ def sanitize(calls: Sequence[Call], folder: Path) -> str:
     assert compiler is not None
     subprocess.run([*compiler.command, *FLAGS, f"-I{HEADERS}", str(source), "-o", str(program)], check=True)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run(
-        [str(program), str(data)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([str(program), str(data)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0 or done.stderr, "the program failed in silence"
     return done.stderr
