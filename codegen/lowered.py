@@ -66,6 +66,8 @@ def destination(output: Node) -> tuple[Node, Node]:
 def write(p: Puller, output: Node, index: Index) -> None:
     """Store the element of a region output at `index` (an index of the written value)."""
     target, value = destination(output)
+    if fake(target).is_neg():
+        raise Unfit("writes to a tensor whose memory holds its negative")
     buffer = p.buffer(target, "out")
     if not buffer.written:
         buffer = p.buffers[target] = replace(buffer, written=True)

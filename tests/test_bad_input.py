@@ -71,6 +71,15 @@ def test_meta_tensors(graphs):
     assert [g.program.target for g in graphs] == ["reference"]
 
 
+def test_mutation_of_a_negative_view():
+    def negate(x):
+        return x.mul_(-2) + 1
+
+    base, expected = COMPLEX.clone(), COMPLEX.clone()
+    assert_close(torch.compile(negate, backend="llmcomp")(base.conj().imag), negate(expected.conj().imag))
+    assert_close(base, expected)
+
+
 def test_the_negative_bit_is_guarded(graphs):
     fast = torch.compile(lambda x: x * 2, backend="llmcomp")
     for x in (DENSE, COMPLEX.conj().imag, DENSE):
