@@ -262,10 +262,7 @@ def test_where_constant_fma_and_constant_powers(tmp_path: Path) -> None:
         operation_kernel("k_where", Compute("out", "where", ("v0", "v1", -0.5), F32), [BOOL, F32]),
         operation_kernel("k_fma", Compute("out", "fma", ("v0", "v1", "v2"), F32), [F32] * 3),
         operation_kernel("k_constant", Compute("out", "constant", (0.1,), F32), [F32]),
-        *(
-            operation_kernel(f"k_pow{k}", Compute("out", "pow", ("v0", e), F32), [F32])
-            for k, e in enumerate(exponents)
-        ),
+        *(operation_kernel(f"k_pow{k}", Compute("out", "pow", ("v0", e), F32), [F32]) for k, e in enumerate(exponents)),
     ]
     library = Library(kernels, tmp_path)
     a, b = pairs(F32)
@@ -275,9 +272,7 @@ def test_where_constant_fma_and_constant_powers(tmp_path: Path) -> None:
     library.call("k_where", [mask, a, out], [len(a)])
     torch.testing.assert_close(out, torch.where(mask, a, -0.5), rtol=0, atol=0, equal_nan=True)
     library.call("k_fma", [a, b, c, out], [len(a)])
-    torch.testing.assert_close(
-        out, (a.double() * b.double() + c.double()).float(), rtol=1e-6, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(out, (a.double() * b.double() + c.double()).float(), rtol=1e-6, atol=0, equal_nan=True)
     library.call("k_constant", [a, out], [len(a)])
     assert torch.equal(out, torch.full_like(a, 0.1))
     for k, exponent in enumerate(exponents):
@@ -286,10 +281,7 @@ def test_where_constant_fma_and_constant_powers(tmp_path: Path) -> None:
 
 
 def test_integer_division_by_zero_is_reported(tmp_path: Path) -> None:
-    kernels = [
-        operation_kernel(f"k_{op}", Compute("out", op, ("v0", "v1"), I64), [I64, I64])
-        for op in sorted(DIVIDES)
-    ]
+    kernels = [operation_kernel(f"k_{op}", Compute("out", op, ("v0", "v1"), I64), [I64, I64]) for op in sorted(DIVIDES)]
     library = Library(kernels, tmp_path)
     a, b, out = torch.tensor([7, 8]), torch.tensor([2, 0]), torch.empty(2, dtype=I64)
     for op in DIVIDES:
