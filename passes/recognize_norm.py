@@ -4,6 +4,7 @@
     cast(h * rsqrt(mean(h * h) + eps) * (1 + float32(w)))    ->  rms_norm(x, w, eps, plus_one=True)
     x * rsqrt(sum(x * x) + eps)                              ->  rms_norm(x, None, eps / N) * N ** -0.5
     c = h - mean(h); w * c * rsqrt(mean(c * c) + eps) + b    ->  layer_norm(x, w, b, eps)
+    (h - mean(h)) * rsqrt(var(h) + eps)                      ->  layer_norm(x, None, None, eps)
     native_layer_norm(x, [N], w, b, eps)[0]                  ->  layer_norm(x, w, b, eps)
 
 Casts around the norm are taken in, for the operators compute in float32 inside. `m ** -0.5` and
@@ -36,14 +37,18 @@ from llmcomp.passes.match import (
 aten = torch.ops.aten
 
 
+MEANS = (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction)
+
+
 @dataclass(frozen=True)
 class MeanSquare:
-    """mean(of ** 2, dims) + eps; the sum in place of the mean where `summed`."""
+    """mean(of ** 2, dims) + eps; a sum where `summed`, the variance of `of` where `centred`."""
 
     of: Node
     dims: Argument
     eps: float
-    summed: bool
+    summed: bool = False
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,11 @@ def _written_out(node: Node, report: Report) -> bool:
     if (reason := _unfit(node, *parts, square)) is not None:
         report.miss(node, reason)
         return False
-    x, centred = uncast(square.of), _centred(square.of)
+    centred = square.of if square.centred else _centred(square.of)
     if square.summed:
-        _replace_by_scaled_norm(node, x, square.eps)
+        _replace_by_scaled_norm(node, uncast(square.of), square.eps)
     elif centred is None:
-        _replace_by_rms_norm(_scaled(node, biased=False), x, square.eps)
+        _replace_by_rms_norm(_scaled(node, biased=False), uncast(square.of), square.eps)
     else:
         _replace_by_layer_norm(_scaled(node, biased=True), uncast(centred), square.eps)
     return True
@@ -86,7 +91,8 @@ def _written_out(node: Node, report: Report) -> bool:
 
 def _unfit(node: Node, x: Node, m: Node, square: MeanSquare) -> str | None:
     """Why `node`, x / sqrt(m), is no norm over the last axis, or None."""
-    if uncast(x) is not uncast(square.of):
+    normalized, measured = (_centred(x), square.of) if square.centred else (uncast(x), uncast(square.of))
+    if normalized is not measured:
         return "what is normalized is not what the mean is taken of"
     if not is_last_axis(square.dims, square.of):
         return "the mean is not over the last axis"
@@ -127,10 +133,14 @@ def _under_inverse_root(node: Node) -> Node | None:
 def _mean_square(m: Node) -> MeanSquare | None:
     sum_ = with_number(m, aten.add.Tensor)
     mean, eps = sum_ if sum_ is not None else (m, 0.0)
-    if mean.target not in (aten.mean.dim, aten.sum.dim_IntList) or not argument(mean, "keepdim"):
+    if mean.target not in MEANS or not argument(mean, "keepdim"):
         return None
+    dims = argument(mean, "dim")
+    if mean.target is aten.var.correction:
+        biased = argument(mean, "correction") == 0
+        return MeanSquare(source(mean), dims, eps, centred=True) if biased else None
     h = _squared(source(mean))
-    return None if h is None else MeanSquare(h, mean.args[1], eps, mean.target is aten.sum.dim_IntList)
+    return None if h is None else MeanSquare(h, dims, eps, summed=mean.target is aten.sum.dim_IntList)
 
 
 def _squared(node: Node) -> Node | None:

@@ -40,6 +40,13 @@ class WrittenLayerNorm(nn.Module):
         return (self.weight * scaled + self.bias).to(x.dtype)
 
 
+class VarianceLayerNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        scale = torch.rsqrt(h.var(-1, keepdim=True, unbiased=False) + 1e-5)
+        return ((h - h.mean(-1, keepdim=True)) * scale).to(x.dtype)
+
+
 # What each becomes in bfloat16: the arguments after the tensor.
 MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "llama": (lambda: LlamaRMSNorm(N, eps=1e-5), "rms_norm(x0, w0, 1e-05, False, True)"),
@@ -64,6 +71,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "cohere": (lambda: CohereLayerNorm(N, eps=1e-5), "layer_norm(x0, w0, None, 1e-05)"),
     "nemotron": (lambda: NemotronLayerNorm1P(N), "layer_norm(x0, add, w1, 1e-05)"),
     "written": (lambda: WrittenLayerNorm(N), "layer_norm(x0, w0, w1, 1e-05)"),
+    "variance": (lambda: VarianceLayerNorm(), "layer_norm(x0, None, None, 1e-05)"),
 }
 
 
