@@ -148,9 +148,7 @@ class _Recorder:
         return note
 
 
-def _launch(
-    function: Any, grid: tuple[int, ...], arguments: Sequence[object], keywords: Mapping[str, Any]
-) -> Launch:
+def _launch(function: Any, grid: tuple[int, ...], arguments: Sequence[object], keywords: Mapping[str, Any]) -> Launch:
     names = function.arg_names
     given = dict(zip(names, arguments, strict=False)) | {k: v for k, v in keywords.items() if k in names}
     signature = {name: _type(given[name]) for name in names[: len(arguments)]}

@@ -53,19 +53,22 @@ def processors(device: torch.device) -> int:
 
 # ---- Map ----------------------------------------------------------------------------------------------
 
-MAP = tuple(
-    Config((("BLOCK", block),), warps)
-    for block, warps in ((128, 1), (256, 2), (512, 4), (1024, 4), (2048, 8))
-)
+MAP = tuple(Config((("BLOCK", block),), warps) for block, warps in ((128, 1), (256, 2), (512, 4), (1024, 4), (2048, 8)))
 
 
-def map_config(points: int) -> Config:
-    """For a Map over `points`: small blocks while they are needed to fill the GPU."""
-    return MAP[1] if points < 2**17 else MAP[2] if points < 2**20 else MAP[3]
+class Points(NamedTuple):
+    """The size of a Map."""
+
+    points: int
 
 
-def map_configs(points: int) -> tuple[Config, ...]:
-    """Candidates for a Map over `points`."""
+def map_config(shape: Points) -> Config:
+    """For a Map: small blocks while they are needed to fill the GPU."""
+    return MAP[1] if shape.points < 2**17 else MAP[2] if shape.points < 2**20 else MAP[3]
+
+
+def map_configs(shape: Points) -> tuple[Config, ...]:
+    """Candidates for a Map."""
     return MAP
 
 
@@ -85,25 +88,32 @@ LONG_ROWS = tuple(
 )
 
 
-def rows_config(rows: int, columns: int) -> Config:
+class Table(NamedTuple):
+    """The sizes of a Rows."""
+
+    rows: int
+    columns: int
+
+
+def rows_config(shape: Table) -> Config:
     """For Rows that are held whole: about 2048 elements a program, fewer rows while there are few."""
-    width = power(columns)
-    together = max(1, min(2048 // width, power(rows) // 256, 16))
+    width = power(shape.columns)
+    together = max(1, min(2048 // width, power(shape.rows) // 256, 16))
     return Config((("ROWS", together),), max(1, min(16, power(together * width // 512))))
 
 
-def rows_configs(rows: int, columns: int) -> tuple[Config, ...]:
+def rows_configs(shape: Table) -> tuple[Config, ...]:
     """Candidates for Rows that are held whole: 2 to 64 elements of a row for each thread."""
-    width = power(columns)
+    width = power(shape.columns)
     return tuple(c for c in ROWS if 64 <= c["ROWS"] * width // c.warps <= 2048)
 
 
-def long_rows_config(rows: int, columns: int) -> Config:
+def long_rows_config(shape: Table) -> Config:
     """For Rows that are walked in chunks."""
-    return LONG_ROWS[5] if columns <= 128 else LONG_ROWS[4] if columns <= 512 else LONG_ROWS[1]
+    return LONG_ROWS[5] if shape.columns <= 128 else LONG_ROWS[4] if shape.columns <= 512 else LONG_ROWS[1]
 
 
-def long_rows_configs(rows: int, columns: int) -> tuple[Config, ...]:
+def long_rows_configs(shape: Table) -> tuple[Config, ...]:
     """Candidates for Rows that are walked in chunks."""
     return LONG_ROWS
 
@@ -121,6 +131,7 @@ class Product(NamedTuple):
     width: int = 0  # columns that a program must own together; 0 where any number will do
     bytes: int = 2  # of an element of the weights
     experts: int = 1
+    across: bool = False  # weights lie along the columns (K, N), not along the depth
 
 
 def _divisor(depth: int, wanted: int) -> int:
@@ -129,12 +140,15 @@ def _divisor(depth: int, wanted: int) -> int:
 
 
 def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
-    """A thread holds `elements` products of each step."""
+    """A thread holds `elements` products of each step; 16 bytes of weights lie together, a sector if across."""
     rows = min(power(-(-shape.rows // shape.experts)), 4)
     depth = _divisor(shape.depth, block_k)
-    block_n = shape.width or min(128, max(1, elements * 32 * warps // (depth * rows * shape.parts)))
-    if shape.width:  # the columns are given: take what depth is left
-        depth = max(16, min(depth, power(elements * 32 * warps // (block_n * rows * shape.parts))))
+    products = elements * 32 * warps // (rows * shape.parts)
+    block_n = shape.width or min(128, max(1, products // depth))
+    if shape.across:
+        block_n = max(block_n, 32 // shape.bytes)
+    if shape.width or shape.across:  # the columns are given: take what depth is left
+        depth = max(16, min(depth, power(products // block_n)))
     blocks = (("BLOCK_M", rows), ("BLOCK_N", block_n), ("BLOCK_K", depth))
     return Config(blocks, warps, 1, "gemv")
 
@@ -196,3 +210,75 @@ def dot_configs(shape: Product) -> tuple[Config, ...]:
         if block_m <= max(16, rows) and block_m * block_n * block_k >= 64 * 1024
     }
     return tuple(sorted((c for c in found if _fits(c, shape)), key=str))
+
+
+# ---- Attend -------------------------------------------------------------------------------------------
+
+
+class Heads(NamedTuple):
+    """The sizes of an Attend."""
+
+    pairs: int  # batch * heads of k and v
+    group: int  # heads of q for each
+    queries: int
+    keys: int  # seen by some query
+    width: int  # of a head, and of a value: the larger
+    bytes: int = 2  # of an element of k and v
+    window: bool = False  # queries do not see the first keys
+
+
+def prefill_config(shape: Heads) -> Config:
+    """For many queries: tiles as large as the accumulators allow."""
+    width = power(shape.width)
+    if shape.bytes > 2:
+        block_m, block_n, warps, stages = 32, 32 if width <= 128 else 16, 8, 2
+    elif width <= 128:
+        block_m, block_n, warps, stages = 128, 64, 8, 3 if width <= 64 else 2
+        if shape.window and width > 64:  # the masks of a window take registers
+            block_n = 32
+    else:
+        block_m, block_n, warps, stages = 64, 32, 8, 2
+    block_m = max(16, min(block_m, power(shape.queries)))
+    blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n))
+    return Config(blocks, warps if block_m >= 64 or shape.bytes > 2 else 4, stages, "prefill")
+
+
+def prefill_configs(shape: Heads) -> tuple[Config, ...]:
+    """Candidates for many queries."""
+    widest = 128 * 128 // max(64, power(shape.width))
+    return tuple(
+        Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "prefill")
+        for block_m in (32, 64, 128)
+        for block_n in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3)
+        if block_m <= max(32, power(shape.queries)) and block_n <= widest
+    )
+
+
+def decode_config(shape: Heads) -> Config:
+    """For few queries: the queries of a group of heads fill one tile."""
+    wide = power(shape.width) * shape.bytes > 256 or shape.bytes > 2
+    return _decode(shape, 32 if wide else 64, 4, 2)
+
+
+def decode_configs(shape: Heads) -> tuple[Config, ...]:
+    """Candidates for few queries."""
+    blocks = (16, 32, 64, 128)
+    return tuple(_decode(shape, n, warps, stages) for n in blocks for warps in (2, 4) for stages in (2, 3))
+
+
+def _decode(shape: Heads, block_n: int, warps: int, stages: int) -> Config:
+    block_m = max(16, power(shape.group * shape.queries))
+    return Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "decode")
+
+
+def splits(shape: Heads, block_n: int, device: torch.device) -> int:
+    """Into how many parts the keys are split: two programs for each multiprocessor, at least two blocks each."""
+    wanted = -(-2 * processors(device) // max(shape.pairs, 1))
+    return max(1, min(wanted, shape.keys // (2 * block_n), 128, 16384 // power(shape.width)))
+
+
+def combine_config(splits: int, width: int) -> Config:
+    """For the function that combines the parts, `width` channels of each."""
+    return Config((("SPLITS", power(splits)),), max(1, min(8, power(splits) * width // 2048)))

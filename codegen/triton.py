@@ -6,8 +6,6 @@ Map and Rows are printed here, Contract and Attend by triton_contract.py and tri
 from collections.abc import Sequence
 from dataclasses import replace
 
-import sympy
-
 from llmcomp.codegen.build import Source
 from llmcomp.codegen.kernel import (
     Attend,
@@ -28,11 +26,13 @@ from llmcomp.codegen.triton_body import (
     chunks,
     indexed,
     make_buffers,
+    own,
     spell,
     statements,
 )
 from llmcomp.codegen.triton_contract import render_contract
 from llmcomp.codegen.triton_file import (
+    config_functions,
     count,
     decode,
     extents_function,
@@ -65,7 +65,7 @@ def render(kernel: Kernel, comment: Sequence[str] = ()) -> Source:
 
 def render_map(kernel: Map) -> str:
     """The text of a Map: the points of all axes in one line, a block of them for each program."""
-    point = sympy.Symbol("@point", integer=True, nonnegative=True)
+    point = own("point")
     body = tuple(flatten(s, kernel.axes, point) for s in kernel.body)
     used = {name for s in body for name in inputs(s)}
     tile = Tile(
@@ -80,8 +80,9 @@ def render_map(kernel: Map) -> str:
         w.line(f"inside = point < {indexed(count(kernel.axes))}")
         w.lines(decode("point", kernel.axes, used))
         w.lines(statements(body, tile))
-    extents_function(w, kernel.sizes, {"points": count(kernel.axes)})
-    launch_function(w, kernel, [body], "map", ["points"], ['triton.cdiv(points, config["BLOCK"])'])
+    extents_function(w, kernel.sizes, "Points", {"points": count(kernel.axes)})
+    config_functions(w, ["map"])
+    launch_function(w, kernel, [body], 'triton.cdiv(shape.points, config["BLOCK"])', "shape.points")
     return w.text()
 
 
@@ -90,7 +91,7 @@ def render_map(kernel: Map) -> str:
 
 def render_rows(kernel: Rows) -> str:
     """The text of a Rows: a program owns ROWS rows, each whole or in chunks of COLS elements."""
-    row = sympy.Symbol("@row", integer=True, nonnegative=True)
+    row = own("row")
     kernel = replace(kernel, body=tuple(flatten(s, kernel.axes, row) for s in kernel.body))
     size = kernel.inner.size
     whole = bool(size.is_Integer and int(size) <= WHOLE_ROW)
@@ -99,11 +100,10 @@ def render_rows(kernel: Rows) -> str:
     blocks = ["ROWS"] if whole else ["ROWS", "COLS"]
     with jit_function(w, kernel, [kernel.body], kernel.name, blocks, ""):
         (_whole_rows if whole else _long_rows)(w, kernel)
-    rows = count(kernel.axes)
-    extents_function(w, kernel.sizes, {"rows": rows, "columns": size})
-    family = "rows" if whole else "long_rows"
-    grid = ['triton.cdiv(rows, config["ROWS"])']
-    launch_function(w, kernel, [kernel.body], family, ["rows", "columns"], grid)
+    extents_function(w, kernel.sizes, "Table", {"rows": count(kernel.axes), "columns": size})
+    config_functions(w, ["rows" if whole else "long_rows"])
+    points = "shape.rows * shape.columns"
+    launch_function(w, kernel, [kernel.body], 'triton.cdiv(shape.rows, config["ROWS"])', points)
     return w.text()
 
 
@@ -118,8 +118,7 @@ def _row_tile(kernel: Rows, block: str, inside: str) -> Tile:
     return Tile(
         make_buffers(kernel.buffers),
         (Dim("row", "ROWS", "row_inside"), Dim("col", block, inside)),
-        {n: frozenset({"row"}) for n in ("@row", *(str(a.symbol) for a in kernel.axes))}
-        | {col: frozenset({"col"})},
+        {n: frozenset({"row"}) for n in ("@row", *(str(a.symbol) for a in kernel.axes))} | {col: frozenset({"col"})},
         inner="col",
         inner_at=spell(col),
     )

@@ -34,8 +34,11 @@ RESERVED = frozenset(
     """and as assert break class continue def del elif else except False finally for from global if import in
     is lambda None nonlocal not or pass raise return True try while with yield float int bool min max range
     tl triton prelude launches program start point row rows inside row_inside col_inside k_inside status_ptr
-    buffers sizes config configs status grid extents launch points columns
-    tiles depth operand expert first_row end_row start_row shape choose kernel BLOCK_N""".split()
+    buffers sizes config configs default form status grid extents launch points columns
+    tiles depth operand expert first_row end_row start_row shape choose kernel BLOCK_N
+    pair split splits channel value_channel first last whole part run begin end key key_start key_end peak
+    peak_before shift probability decay total output sink q_block k_block v_block k_head v_head partial peaks
+    totals scratch hidden""".split()
 )
 
 Dims = frozenset[str]
@@ -203,6 +206,11 @@ def pointer(buffer: str, at: sympy.Expr, dims: Dims, tile: Tile) -> str:
 def scalar_pointer(s: Load) -> str:
     """The address of an element that is the same for the whole tile."""
     return spell(s.buffer) if s.index == 0 else f"{spell(s.buffer)} + {indexed(s.index)}"
+
+
+def own(text: str) -> sympy.Symbol:
+    """A symbol of the printer's own; it is printed as `text`."""
+    return sympy.Symbol(f"@{text}", integer=True, nonnegative=True)
 
 
 def load_text(s: Load, tile: Tile, widen: bool = True) -> tuple[str, list[str], str]:
@@ -390,9 +398,7 @@ def reduced(s: Reduce, tile: Tile) -> list[str]:
 
 def loop_lines(body: Body, tile: Tile) -> list[str]:
     """The lines of a phase inside its loop along the reduced dimension."""
-    return [
-        line for s in body for line in (accumulate(s, tile) if isinstance(s, Reduce) else statement(s, tile))
-    ]
+    return [line for s in body for line in (accumulate(s, tile) if isinstance(s, Reduce) else statement(s, tile))]
 
 
 def chunks(w: Writer, body: Iterable[Statement], inner: Axis, tile: Tile) -> None:

@@ -43,20 +43,23 @@ from llmcomp.codegen.triton_body import (
     load_text,
     make_buffers,
     narrowed,
+    own,
     spell,
     statements,
 )
 from llmcomp.codegen.triton_expr import NARROW_FLOATS
 from llmcomp.codegen.triton_file import (
-    checks,
+    LAUNCH,
+    arguments,
+    config_functions,
     count,
     decode,
+    extents_function,
     file_head,
     flatten,
     flattened,
-    host_text,
     jit_function,
-    unpack,
+    launcher,
 )
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
@@ -280,7 +283,7 @@ def _print_section(
 ) -> None:
     suffix = f"_{number}" if len(kernel.sections) > 1 else ""
     if not whole_axis(section):
-        section = _flat(section, sympy.Symbol(f"@column{suffix}", integer=True, nonnegative=True))
+        section = _flat(section, own(f"column{suffix}"))
     epilogue = _section_tile(w, kernel, section, program, suffix)
     block = epilogue.dim("n").block
     for a in section.accumulators:
@@ -352,8 +355,8 @@ def _print_operand(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype)
     body, value = main_body(kernel), spell(kernel.operand_value)
     match body:
         case (Load() as load,) if tile.buffers[load.buffer] == native and load.mask is None:
-            head, arguments, _ = load_text(load, tile, widen=False)
-            w.line(call(head, [*arguments, *([] if _even(kernel) else ["other=0.0"])]))
+            head, parts, _ = load_text(load, tile, widen=False)
+            w.line(call(head, [*parts, *([] if _even(kernel) else ["other=0.0"])]))
             return value
     w.lines(statements(body, tile))
     known = tile.values[kernel.operand_value]
@@ -377,8 +380,8 @@ def _print_gemv(w: Writer, kernel: Contract, section: Section, inside: str, tile
     parts = [f"{inside}[:, :, None]" if inside else "", "" if _even(kernel) else "k_inside[:, None, :]"]
     for a in section.accumulators:
         at = f"{spell(a.name)}_rows[:, :, None] + {_step(f'{k}[:, None, :]', a)}"
-        arguments = [at, *_zero_masked(parts), 'eviction_policy="evict_first"']
-        w.line(call(f"{spell(a.name)}_weight = tl.load", arguments))
+        load = [at, *_zero_masked(parts), 'eviction_policy="evict_first"']
+        w.line(call(f"{spell(a.name)}_weight = tl.load", load))
     x = _print_operand(w, kernel, tile, torch.float32)
     for a in section.accumulators:
         weight = narrowed(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer], torch.float32)
@@ -396,8 +399,8 @@ def _print_dot(w: Writer, kernel: Contract, section: Section, inside: str, tile:
     x = _print_operand(w, kernel, tile, native)
     tail = "" if _even(kernel) else f"(depth < {indexed(kernel.depth.size)})[:, None]"
     for a in section.accumulators:
-        arguments = [f"{spell(a.name)}_rows + {_step('depth[:, None]', a)}", *_zero_masked([inside, tail])]
-        w.line(call(f"{spell(a.name)}_weight = tl.load", arguments))
+        load = [f"{spell(a.name)}_rows + {_step('depth[:, None]', a)}", *_zero_masked([inside, tail])]
+        w.line(call(f"{spell(a.name)}_weight = tl.load", load))
         weight = narrowed(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer], native)
         w.line(f"{spell(a.name)} = prelude.dot({x}, {weight}, {spell(a.name)})")
 
@@ -433,35 +436,14 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         "width": sympy.Integer(max(whole_axis(s) for s in kernel.sections)),
         "bytes": sympy.Integer(max(dtypes[name].itemsize for name in weights)),
         "experts": kernel.expert_count,
+        "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
-    w.line()
-    w.line()
-    with w.block("def extents(sizes)"):
-        w.line('"""The sizes of the product."""')
-        unpack(w, [spell(str(s)) for s in kernel.sizes], "sizes")
-        w.line(call("return launches.Product", [f"{n}={host_text(e)}" for n, e in fields.items()]))
+    extents_function(w, kernel.sizes, "Product", fields)
 
 
 def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
-    few = f"shape.rows <= {GEMV_ROWS} * shape.experts"
-    both = len(forms) > 1
-    w.line()
-    w.line()
-    with w.block("def configs(sizes)"):
-        w.line('"""Launch configurations worth a try."""')
-        w.line("shape = extents(sizes)")
-        if both:
-            with w.block(f"if {few}"):
-                w.line("return launches.gemv_configs(shape)")
-        w.line(f"return launches.{forms[-1]}_configs(shape)")
-    w.line()
-    w.line()
-    with w.block("def launch(buffers, sizes, config=None, status=None)"):
-        w.line('"""Launch on the current stream; a failed index check sets `status`."""')
-        w.line("shape = extents(sizes)")
-        if both:
-            w.line(f"choose = launches.gemv_config if {few} else launches.dot_config")
-        w.line(f"config = config or {'choose' if both else f'launches.{forms[0]}_config'}(shape)")
+    config_functions(w, forms, f"shape.rows <= {GEMV_ROWS} * shape.experts")
+    with launcher(w, LAUNCH):
         w.line('BLOCK_N = config["BLOCK_N"]')
         w.line(f"programs = {' + '.join(programs(s, 'BLOCK_N') for s in kernel.sections)}")
         if kernel.experts is not None:
@@ -471,10 +453,8 @@ def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
         else:
             w.line('grid = (programs * triton.cdiv(shape.rows, config["BLOCK_M"]),)')
         name = spell(kernel.name)
-        if both:
+        if len(forms) > 1:
             name = "kernel"
             w.line(f'kernel = {kernel.name}_gemv if config.form == "gemv" else {kernel.name}_dot')
-        status = ["status"] if checks(_bodies(kernel)) else []
         index = "INDEX=launches.index_type(buffers, shape.rows)"
-        arguments = ["*buffers", *(["*sizes"] if kernel.sizes else []), *status, index, "**config.options()"]
-        w.line(call(f"{name}[grid]", arguments))
+        w.line(call(f"{name}[grid]", [*arguments(kernel, _bodies(kernel)), index, "**config.options()"]))

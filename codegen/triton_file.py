@@ -40,17 +40,27 @@ def checks(bodies: Sequence[Body]) -> bool:
 
 @contextmanager
 def jit_function(
-    w: Writer, kernel: Kernel, bodies: Sequence[Body], name: str, blocks: Sequence[str], doc: str
+    w: Writer,
+    kernel: Kernel,
+    bodies: Sequence[Body],
+    name: str,
+    blocks: Sequence[str],
+    doc: str,
+    more: Sequence[str] = (),
 ) -> Iterator[None]:
-    """Print the signature of a kernel; what is written inside is its body."""
+    """Print the signature of a kernel; what is written inside is its body. `more` are further arguments.
+
+    Triton makes no special case of the value of a size: a new length must not compile anew.
+    """
     sizes = [spell(str(s)) for s in kernel.sizes]
     parameters = [*(spell(b.name) for b in kernel.buffers), *sizes]
     parameters += ["status_ptr"] if checks(bodies) else []
+    parameters += more
     constants = [f"{b}: tl.constexpr" for b in ["INDEX", *blocks]]
     w.line()
     w.line()
-    names = ", ".join(f'"{s}"' for s in sizes)
-    w.line(f"@triton.jit(do_not_specialize=[{names}])" if sizes else "@triton.jit")
+    names = ", ".join(f'"{s}"' for s in [*sizes, *(m for m in more if m == "splits")])
+    w.line(f"@triton.jit(do_not_specialize=[{names}])" if names else "@triton.jit")
     w.line(call(f"def {spell(name)}", [*parameters, *constants], ":"))
     w.depth += 1
     if doc:
@@ -101,15 +111,10 @@ def flattened(expr: sympy.Expr, axes: Sequence[Axis], point: sympy.Symbol) -> sy
     return step * point + rest
 
 
-def tuple_text(items: Sequence[str]) -> str:
-    """The text of a tuple, without parentheses where Python needs none."""
-    return f"({items[0]},)" if len(items) == 1 else ", ".join(items)
-
-
 def unpack(w: Writer, names: Sequence[str], source: str) -> None:
     """The line that takes a sequence apart, where there is something in it."""
     if names:
-        w.line(f"{tuple_text(names)} = {source}")
+        w.line(f"{f'({names[0]},)' if len(names) == 1 else ', '.join(names)} = {source}")
 
 
 def host_text(expr: sympy.Expr) -> str:
@@ -117,43 +122,63 @@ def host_text(expr: sympy.Expr) -> str:
     return host(expr, {str(s): spell(str(s)) for s in expr.free_symbols})
 
 
-def extents_function(w: Writer, sizes: Sequence[sympy.Symbol], extents: Mapping[str, sympy.Expr]) -> None:
+def _field(value: sympy.Expr | bool) -> str:
+    return str(value) if isinstance(value, bool) else host_text(value)
+
+
+def extents_function(w: Writer, sizes: Sequence[sympy.Symbol], family: str, fields: Mapping[str, sympy.Expr]) -> None:
     """Print `extents(sizes)`: the loop sizes by which a launch configuration is chosen."""
     w.line()
     w.line()
     with w.block("def extents(sizes)"):
-        w.line(f'"""{", ".join(extents).capitalize()}."""')
+        w.line('"""The sizes of the loops."""')
         unpack(w, [spell(str(s)) for s in sizes], "sizes")
-        w.line(f"return {tuple_text([host_text(e) for e in extents.values()])}")
+        w.line(call(f"return launches.{family}", [f"{n}={_field(e)}" for n, e in fields.items()]))
 
 
-def configs_function(w: Writer, family: str) -> None:
-    """Print `configs(sizes)`: the launch configurations worth a try."""
-    w.line()
-    w.line()
-    with w.block("def configs(sizes)"):
-        w.line('"""Launch configurations worth a try."""')
-        w.line(f"return launches.{family}_configs(*extents(sizes))")
+def config_functions(w: Writer, forms: Sequence[str], few: str = "") -> None:
+    """Print `default` and `configs`; of two forms, the first is for shapes of which `few` holds."""
+    docs = {
+        "default": ("config", "The launch configuration for the class of these sizes."),
+        "configs": ("configs", "Launch configurations worth a try."),
+    }
+    for name, (kind, doc) in docs.items():
+        w.line()
+        w.line()
+        with w.block(f"def {name}(sizes)"):
+            w.line(f'"""{doc}"""')
+            w.line("shape = extents(sizes)")
+            if len(forms) > 1:
+                with w.block(f"if {few}"):
+                    w.line(f"return launches.{forms[0]}_{kind}(shape)")
+            w.line(f"return launches.{forms[-1]}_{kind}(shape)")
 
 
-def launch_function(
-    w: Writer,
-    kernel: Kernel,
-    bodies: Sequence[Body],
-    family: str,
-    extents: Sequence[str],
-    grid: Sequence[str],
-) -> None:
-    """Print `configs` and the launcher of a file with one kernel; `grid` is Python text over the extents."""
-    configs_function(w, family)
+@contextmanager
+def launcher(w: Writer, doc: str, name: str = "launch") -> Iterator[None]:
+    """Print the head of a launcher; what is written inside launches."""
     w.line()
     w.line()
-    with w.block("def launch(buffers, sizes, config=None, status=None)"):
-        w.line('"""Launch on the current stream; a failed index check sets `status`."""')
-        unpack(w, extents, "extents(sizes)")
-        w.line(f"config = config or launches.{family}_config({', '.join(extents)})")
-        w.line(f"grid = {tuple_text(grid)}")
-        status = ["status"] if checks(bodies) else []
-        index = f"INDEX=launches.index_type(buffers, {' * '.join(extents)})"
-        arguments = ["*buffers", *(["*sizes"] if kernel.sizes else []), *status, index, "**config.options()"]
-        w.line(call(f"{spell(kernel.name)}[grid]", arguments))
+    with w.block(f"def {name}(buffers, sizes, config=None, status=None)"):
+        w.line(f'"""{doc}"""')
+        w.line("shape = extents(sizes)")
+        w.line("config = config or default(sizes)")
+        yield
+
+
+LAUNCH = "Launch on the current stream; a failed index check sets `status`."
+
+
+def arguments(kernel: Kernel, bodies: Sequence[Body]) -> list[str]:
+    """What a launcher passes on."""
+    status = ["status"] if checks(bodies) else []
+    return ["*buffers", *(["*sizes"] if kernel.sizes else []), *status]
+
+
+def launch_function(w: Writer, kernel: Kernel, bodies: Sequence[Body], grid: str, points: str) -> None:
+    """Print the launcher of a file with one kernel and a grid of one dimension."""
+    with launcher(w, LAUNCH):
+        w.line(f"grid = ({grid},)")
+        index = f"INDEX=launches.index_type(buffers, {points})"
+        passed = [*arguments(kernel, bodies), index, "**config.options()"]
+        w.line(call(f"{spell(kernel.name)}[grid]", passed))

@@ -57,9 +57,7 @@ TORCH: dict[str, Callable[..., torch.Tensor]] = {
 TO_BOOL = set("eq ne lt le gt ge logical_not logical_and logical_or logical_xor isnan isinf".split())
 # Rounded once, or not at all: equal to torch bit by bit. The others: within so many units in the last place.
 ULPS = dict.fromkeys("sqrt rsqrt exp exp2 log log2 sin cos sigmoid erf hypot".split(), 4)
-ULPS |= dict.fromkeys(
-    "expm1 log10 log1p sinh cosh tanh asinh acosh atanh atan asin acos atan2 tan".split(), 8
-)
+ULPS |= dict.fromkeys("expm1 log10 log1p sinh cosh tanh asinh acosh atanh atan asin acos atan2 tan".split(), 8)
 ULPS |= {"pow": 16, "erfc": 32}
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 DIVIDES = ("floor_div", "trunc_div", "remainder", "fmod")
@@ -158,20 +156,13 @@ def assert_close(op: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     smallest = torch.finfo(found.dtype).tiny  # results below may be flushed to zero
     step = torch.from_numpy(np.spacing(rounded[finite].abs().clamp(min=smallest).numpy())).double()
     error = (found[finite].double() - expected[finite]).abs()
-    units = (
-        torch.where(rounded[finite].abs() < smallest, (error - smallest).clamp(min=0), error).div(step).max()
-    )
+    units = torch.where(rounded[finite].abs() < smallest, (error - smallest).clamp(min=0), error).div(step).max()
     # The double precision reference has an error of its own, and so has log(1 + x) in the inverse functions.
     limit = ULPS[op] * (1 if found.dtype == F32 else 64)
     assert float(units) <= limit, f"{op}: {float(units):.1f} units in the last place"
 
 
-CASES = [
-    (op, dtype)
-    for op in OPERATIONS
-    if op not in ("where", "convert", "constant", "fma")
-    for dtype in dtypes(op)
-]
+CASES = [(op, dtype) for op in OPERATIONS if op not in ("where", "convert", "constant", "fma") for dtype in dtypes(op)]
 
 
 def group_of(case: tuple[str, torch.dtype]) -> tuple[object, ...]:
@@ -521,9 +512,7 @@ def test_every_map_configuration() -> None:
 # ---- Rows -------------------------------------------------------------------------------------------------
 
 
-def reduction(
-    op: str, dtype: torch.dtype, columns: int | sympy.Symbol, symbols: tuple[sympy.Symbol, ...]
-) -> Rows:
+def reduction(op: str, dtype: torch.dtype, columns: int | sympy.Symbol, symbols: tuple[sympy.Symbol, ...]) -> Rows:
     """One reduction of a row, stored as one value."""
     i, c = axis("i", N), axis("c", columns)
     register = F32 if dtype in (BF16, F16) else dtype
@@ -637,8 +626,7 @@ def test_layer_norm(dtype: torch.dtype, columns: int) -> None:
     run(layer_norm(columns, dtype), [x, weight, bias, out], [3])
     arguments = (x.view(3, columns), weight, bias)
     eager, exact = (
-        torch.nn.functional.layer_norm(x, (columns,), w, b)
-        for x, w, b in (arguments, [t.double() for t in arguments])
+        torch.nn.functional.layer_norm(x, (columns,), w, b) for x, w, b in (arguments, [t.double() for t in arguments])
     )
     if dtype == F32:
         assert_equal_float32(out, eager)
@@ -664,7 +652,9 @@ def test_reduction_of_a_constant_and_of_everything() -> None:
 
 
 def test_map_text() -> None:
-    assert_expected_inline(render(gather(True), ("embedding",)).text, """\
+    assert_expected_inline(
+        render(gather(True), ("embedding",)).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -688,29 +678,39 @@ def embedding(
 
 
 def extents(sizes):
-    \"\"\"Points.\"\"\"
+    \"\"\"The sizes of the loops.\"\"\"
     (s0,) = sizes
-    return (s0 * 6,)
+    return launches.Points(points=s0 * 6)
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    return launches.map_config(shape)
 
 
 def configs(sizes):
     \"\"\"Launch configurations worth a try.\"\"\"
-    return launches.map_configs(*extents(sizes))
+    shape = extents(sizes)
+    return launches.map_configs(shape)
 
 
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
-    (points,) = extents(sizes)
-    config = config or launches.map_config(points)
-    grid = (triton.cdiv(points, config["BLOCK"]),)
+    shape = extents(sizes)
+    config = config or default(sizes)
+    grid = (triton.cdiv(shape.points, config["BLOCK"]),)
     embedding[grid](
-        *buffers, *sizes, status, INDEX=launches.index_type(buffers, points), **config.options()
+        *buffers, *sizes, status, INDEX=launches.index_type(buffers, shape.points), **config.options()
     )
-""")
+""",
+    )
 
 
 def test_rows_text() -> None:
-    assert_expected_inline(render(softmax(100, (N,))).text, """\
+    assert_expected_inline(
+        render(softmax(100, (N,))).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -731,37 +731,50 @@ def softmax(x_ptr, out_ptr, top_ptr, s0, INDEX: tl.constexpr, ROWS: tl.constexpr
     top = prelude.largest(tl.where(col_inside, x, float("-inf")), 1)
     shifted = x - top
     e = prelude.exp(shifted)
-    total = prelude.total(tl.where(col_inside, e, 0.0), 1)
-    y = prelude.div(e, total)
+    total_ = prelude.total(tl.where(col_inside, e, 0.0), 1)
+    y = prelude.div(e, total_)
     tl.store(out_ptr + row * 100 + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside)
     tl.store(top_ptr + h * s0 + b, top, mask=row_inside)
 
 
 def extents(sizes):
-    \"\"\"Rows, columns.\"\"\"
+    \"\"\"The sizes of the loops.\"\"\"
     (s0,) = sizes
-    return s0 * 3, 100
+    return launches.Table(rows=s0 * 3, columns=100)
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    return launches.rows_config(shape)
 
 
 def configs(sizes):
     \"\"\"Launch configurations worth a try.\"\"\"
-    return launches.rows_configs(*extents(sizes))
+    shape = extents(sizes)
+    return launches.rows_configs(shape)
 
 
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
-    rows, columns = extents(sizes)
-    config = config or launches.rows_config(rows, columns)
-    grid = (triton.cdiv(rows, config["ROWS"]),)
+    shape = extents(sizes)
+    config = config or default(sizes)
+    grid = (triton.cdiv(shape.rows, config["ROWS"]),)
     softmax[grid](
-        *buffers, *sizes, INDEX=launches.index_type(buffers, rows * columns), **config.options()
+        *buffers,
+        *sizes,
+        INDEX=launches.index_type(buffers, shape.rows * shape.columns),
+        **config.options(),
     )
-""")
+""",
+    )
 
 
 def test_long_rows_text() -> None:
     s1 = symbol("s1")
-    assert_expected_inline(render(softmax(s1, (N, s1))).text, """\
+    assert_expected_inline(
+        render(softmax(s1, (N, s1))).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -787,42 +800,53 @@ def softmax(
         top_acc = prelude.maximum(top_acc, tl.where(col_inside, x, float("-inf")))
     top = prelude.largest(top_acc, 1)
     tl.store(top_ptr + h * s0 + b, top, mask=row_inside)
-    total_acc = tl.zeros([ROWS, COLS], tl.float32)
+    total__acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, s1, COLS):
         c = start + tl.arange(0, COLS)[None, :]
         col_inside = c < s1
         x = tl.load(x_ptr + row * s1 + c, mask=row_inside & col_inside).to(tl.float32)
         shifted = x - top
         e = prelude.exp(shifted)
-        total_acc += tl.where(col_inside, e, 0.0)
-    total = prelude.total(total_acc, 1)
+        total__acc += tl.where(col_inside, e, 0.0)
+    total_ = prelude.total(total__acc, 1)
     for start in range(0, s1, COLS):
         c = start + tl.arange(0, COLS)[None, :]
         col_inside = c < s1
         x = tl.load(x_ptr + row * s1 + c, mask=row_inside & col_inside).to(tl.float32)
         shifted = x - top
         e = prelude.exp(shifted)
-        y = prelude.div(e, total)
+        y = prelude.div(e, total_)
         tl.store(out_ptr + row * s1 + c, prelude.narrow(y, tl.float16), mask=row_inside & col_inside)
 
 
 def extents(sizes):
-    \"\"\"Rows, columns.\"\"\"
+    \"\"\"The sizes of the loops.\"\"\"
     s0, s1 = sizes
-    return s0 * 3, s1
+    return launches.Table(rows=s0 * 3, columns=s1)
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    return launches.long_rows_config(shape)
 
 
 def configs(sizes):
     \"\"\"Launch configurations worth a try.\"\"\"
-    return launches.long_rows_configs(*extents(sizes))
+    shape = extents(sizes)
+    return launches.long_rows_configs(shape)
 
 
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
-    rows, columns = extents(sizes)
-    config = config or launches.long_rows_config(rows, columns)
-    grid = (triton.cdiv(rows, config["ROWS"]),)
+    shape = extents(sizes)
+    config = config or default(sizes)
+    grid = (triton.cdiv(shape.rows, config["ROWS"]),)
     softmax[grid](
-        *buffers, *sizes, INDEX=launches.index_type(buffers, rows * columns), **config.options()
+        *buffers,
+        *sizes,
+        INDEX=launches.index_type(buffers, shape.rows * shape.columns),
+        **config.options(),
     )
-""")
+""",
+    )

@@ -242,9 +242,7 @@ def cache_section(m: Axis, k: int, columns: int) -> Section:
     return Section((n,), (Accumulator("v", dense("v_ptr", k), n.symbol),), body)
 
 
-def qkv(
-    rows: Size, k: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed: bool
-) -> Contract:
+def qkv(rows: Size, k: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed: bool) -> Contract:
     m, depth = axis("m", rows), axis("k", k)
     operand = norm_operand(m, depth, dtype)
     sections = (
@@ -293,9 +291,7 @@ def test_qkv_with_rotary_halves(normed: bool, dtype: torch.dtype, rows: int, k: 
     close(key, rotated(operand @ wk.double().t(), cos, sin, kv_heads, normed))
     assert int(status) == 0
     if rows <= 16:
-        close(
-            cache, torch.zeros(16, kv_heads * dim).double().index_copy(0, position, operand @ wv.double().t())
-        )
+        close(cache, torch.zeros(16, kv_heads * dim).double().index_copy(0, position, operand @ wv.double().t()))
 
 
 @interpreted
@@ -343,8 +339,7 @@ def test_experts(kn: bool, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     out = torch.zeros(rows, n, dtype=dtype)
     run(experts(S0, 5, k, n, dtype, kn), [x, weight, ends, out], [rows])
     parts = [
-        part.double() @ (w.double() if kn else w.double().t())
-        for part, w in zip(x.split(counts), weight, strict=True)
+        part.double() @ (w.double() if kn else w.double().t()) for part, w in zip(x.split(counts), weight, strict=True)
     ]
     if rows:
         close(out, torch.cat(parts))
@@ -370,7 +365,9 @@ def test_sections_never_share_a_name() -> None:
 
 def test_gemv_text() -> None:
     kernel = linear(1, 64, 1000, BF16)
-    assert_expected_inline(render(kernel).text, """\
+    assert_expected_inline(
+        render(kernel).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -420,8 +417,16 @@ def linear(
 
 
 def extents(sizes):
-    \"\"\"The sizes of the product.\"\"\"
-    return launches.Product(rows=1, columns=1000, depth=64, parts=1, width=0, bytes=2, experts=1)
+    \"\"\"The sizes of the loops.\"\"\"
+    return launches.Product(
+        rows=1, columns=1000, depth=64, parts=1, width=0, bytes=2, experts=1, across=False
+    )
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    return launches.gemv_config(shape)
 
 
 def configs(sizes):
@@ -433,16 +438,19 @@ def configs(sizes):
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
     shape = extents(sizes)
-    config = config or launches.gemv_config(shape)
+    config = config or default(sizes)
     BLOCK_N = config["BLOCK_N"]
     programs = (1000 + BLOCK_N - 1) // BLOCK_N
     grid = (programs,)
     linear[grid](*buffers, INDEX=launches.index_type(buffers, shape.rows), **config.options())
-""")
+""",
+    )
 
 
 def test_gated_text() -> None:
-    assert_expected_inline(render(gated(S0, 128, 256, BF16)).text, """\
+    assert_expected_inline(
+        render(gated(S0, 128, 256, BF16)).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -559,9 +567,19 @@ def norm_gated_dot(
 
 
 def extents(sizes):
-    \"\"\"The sizes of the product.\"\"\"
+    \"\"\"The sizes of the loops.\"\"\"
     (s0,) = sizes
-    return launches.Product(rows=s0, columns=512, depth=128, parts=2, width=0, bytes=2, experts=1)
+    return launches.Product(
+        rows=s0, columns=512, depth=128, parts=2, width=0, bytes=2, experts=1, across=False
+    )
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    if shape.rows <= 4 * shape.experts:
+        return launches.gemv_config(shape)
+    return launches.dot_config(shape)
 
 
 def configs(sizes):
@@ -575,18 +593,20 @@ def configs(sizes):
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
     shape = extents(sizes)
-    choose = launches.gemv_config if shape.rows <= 4 * shape.experts else launches.dot_config
-    config = config or choose(shape)
+    config = config or default(sizes)
     BLOCK_N = config["BLOCK_N"]
     programs = (256 + BLOCK_N - 1) // BLOCK_N
     grid = (programs * triton.cdiv(shape.rows, config["BLOCK_M"]),)
     kernel = norm_gated_gemv if config.form == "gemv" else norm_gated_dot
     kernel[grid](*buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options())
-""")
+""",
+    )
 
 
 def test_experts_text() -> None:
-    assert_expected_inline(render(experts(S0, 8, 128, 256, BF16, True)).text, """\
+    assert_expected_inline(
+        render(experts(S0, 8, 128, 256, BF16, True)).text,
+        """\
 import triton
 import triton.language as tl
 
@@ -663,9 +683,19 @@ def experts_dot(
 
 
 def extents(sizes):
-    \"\"\"The sizes of the product.\"\"\"
+    \"\"\"The sizes of the loops.\"\"\"
     (s0,) = sizes
-    return launches.Product(rows=s0, columns=256, depth=128, parts=1, width=0, bytes=2, experts=8)
+    return launches.Product(
+        rows=s0, columns=256, depth=128, parts=1, width=0, bytes=2, experts=8, across=True
+    )
+
+
+def default(sizes):
+    \"\"\"The launch configuration for the class of these sizes.\"\"\"
+    shape = extents(sizes)
+    if shape.rows <= 4 * shape.experts:
+        return launches.gemv_config(shape)
+    return launches.dot_config(shape)
 
 
 def configs(sizes):
@@ -679,11 +709,11 @@ def configs(sizes):
 def launch(buffers, sizes, config=None, status=None):
     \"\"\"Launch on the current stream; a failed index check sets `status`.\"\"\"
     shape = extents(sizes)
-    choose = launches.gemv_config if shape.rows <= 4 * shape.experts else launches.dot_config
-    config = config or choose(shape)
+    config = config or default(sizes)
     BLOCK_N = config["BLOCK_N"]
     programs = (256 + BLOCK_N - 1) // BLOCK_N
     grid = (programs, shape.experts)
     kernel = experts_gemv if config.form == "gemv" else experts_dot
     kernel[grid](*buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options())
-""")
+""",
+    )
