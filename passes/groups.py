@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 import torch
 from torch.fx import Graph, Node
 
-from llmcomp.graph import dependencies
+from llmcomp.graph import dependencies, views, written
 from llmcomp.region import Region
 
 Label = tuple[str, int]
@@ -228,13 +228,20 @@ def _inlines(node: Node) -> bool:
     """Views and constants are recomputed by whoever reads them; so are shallow functions of positions alone."""
     if node.op != "call_function":
         return False
-    return is_view(node) or node.target in CREATIONS or node.target in TUPLES or _is_position(node, 4)
+    return is_view(node) or node.target in TUPLES or _is_position(node, 4)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a node makes a tensor of constants that nobody writes into."""
+    if node.target not in CREATIONS:
+        return False
+    return not any(view in written(user) for view in views(node) for user in view.users)
 
 
 def _is_position(node: Node, depth: int) -> bool:
     """Whether a node is a cheap function of constants and index positions, such as arange(n) + offset."""
     if node.target in CREATIONS or not isinstance(node.meta.get("val"), torch.Tensor):
-        return node.target in CREATIONS or isinstance(node.meta.get("val"), torch.SymInt)
+        return _is_constant(node) or isinstance(node.meta.get("val"), torch.SymInt)
     cheap = {
         "add",
         "sub",
