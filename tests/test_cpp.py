@@ -150,6 +150,12 @@ def rope(dtype: torch.dtype) -> Map:
     return Map(f"rope_{short(dtype)}", buffers, (N,), (Axis(A, N), Axis(B, number(width))), body)
 
 
+def in_place() -> Map:
+    """x[i] = 2 * x[i]."""
+    body = (Load("v0", "x", A, F32), Compute("v1", "mul", ("v0", 2), F32), Store("x", A, "v1"))
+    return Map("in_place", (Buffer("x", F32, True),), (N,), (Axis(A, N),), body)
+
+
 def scalar() -> Map:
     """A Map without axes."""
     body = (
@@ -227,6 +233,7 @@ KERNELS = [
     *(rms_norm(d, width) for d in FLOATS for width in (number(96), M)),
     *(reductions(d) for d in REDUCED),
     masked_gather(),
+    in_place(),
     scalar(),
 ]
 
@@ -325,6 +332,15 @@ def test_rope(library: Library, dtype: torch.dtype) -> None:
     wide = x.double()
     exact = wide * cos.double() + torch.cat([-wide[:, 8:], wide[:, :8]], 1) * sin.double()
     torch.testing.assert_close(z.double(), exact, rtol=1e-2 if dtype in (BF16, F16) else 1e-5, atol=1e-6)
+
+
+def test_in_place_every_element_once(library: Library) -> None:
+    for n in (0, 1, 4097, 100_000):
+        for threads in (1, 2, 3):
+            x = torch.randn(n)
+            expected = 2 * x
+            library.call("in_place", [x], [n], threads)
+            assert torch.equal(x, expected)
 
 
 def test_no_axes(library: Library) -> None:
@@ -567,6 +583,7 @@ def extents(name: str, n: int, m: int) -> list[int]:
         "masked_gather": [n, n, m, n, n],
         "cache_write": [n, 3 * n * 16, 3 * m * 16],
         "rope": [n * 16] * 4,
+        "in_place": [n],
         "scalar": [1, 1],
         "rms_norm": [n * m, m, n * m],
         "softmax": [3 * n * m] * 2,

@@ -220,6 +220,20 @@ def test_vector_functions_over_every_exponent(tmp_path: Path) -> None:
         assert torch.equal(out.signbit()[~out.isnan()], exact.float().signbit()[~out.isnan()]), op
 
 
+def test_rounding_to_16_bits(tmp_path: Path) -> None:
+    """Every value of the narrow types, and what lies half way to the next one and just beside that."""
+    library = Library([case_kernel(op, F32) for op in ("round_bfloat16", "round_float16")], tmp_path)
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for op, dtype in [("round_bfloat16", torch.bfloat16), ("round_float16", torch.float16)]:
+        exact = patterns.view(dtype).float()
+        following = (patterns + 1).view(dtype).float()
+        middle = (exact + following) / 2
+        x = torch.cat([exact, middle, middle.nextafter(exact), middle.nextafter(following)])
+        out = torch.empty_like(x)
+        library.call(kernel_name(op, F32), [x, out], [len(x)])
+        torch.testing.assert_close(out, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_convert(tmp_path: Path) -> None:
     """Of values that the target can hold: others have no defined result in C++, nor in torch."""
     dtypes = (*FLOATS, *INTEGERS, BOOL)
