@@ -59,6 +59,13 @@ def source(node: Node, position: int = 0) -> Node:
     return found
 
 
+def tensors(node: Node) -> list[Node]:
+    """The nodes in the list that is the first argument of a call such as cat."""
+    parts = node.args[0]
+    assert isinstance(parts, list | tuple), f"{node.name} takes no list"
+    return [part for part in parts if isinstance(part, Node)]
+
+
 def only_user(node: Node) -> Node | None:
     """The single node that uses `node`, or None where there is not exactly one."""
     return next(iter(node.users)) if len(node.users) == 1 else None
@@ -102,9 +109,7 @@ def is_contiguous(t: Tensor) -> bool:
 # ---- edits
 
 
-def insert(
-    graph: Graph, target: OpOverload | Callable[..., object], *args: Argument, **kwargs: Argument
-) -> Node:
+def insert(graph: Graph, target: OpOverload | Callable[..., object], *args: Argument, **kwargs: Argument) -> Node:
     """Insert a call at the graph's insertion point; running it on fake values gives its `meta["val"]`."""
     node = graph.call_function(target, args, kwargs)
     node.meta["val"] = fake_result(node)
@@ -266,9 +271,7 @@ def _names(graph: Graph) -> dict[Node, str]:
     for node in graph.nodes:
         stem = _stem(node)
         number = counts[stem] = counts.get(stem, -1) + 1
-        names[node] = (
-            f"{stem}{number}" if node.op == "placeholder" else f"{stem}_{number}" if number else stem
-        )
+        names[node] = f"{stem}{number}" if node.op == "placeholder" else f"{stem}_{number}" if number else stem
     return names
 
 

@@ -7,6 +7,7 @@
     _unsafe_view(x, a)                           ->  view(x, a)
     bf16(f32(x)), x of bf16                      ->  x
     cat([empty, x])                              ->  x, or a contiguous clone
+    stack([x, y])                                ->  cat([unsqueeze(x), unsqueeze(y)])
     add.Scalar(x, 1)                             ->  add.Tensor(x, 1)
 
 A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an
@@ -21,6 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from llmcomp.graph import (
+    argument,
     base,
     insert,
     is_contiguous,
@@ -31,6 +33,7 @@ from llmcomp.graph import (
     same_layout,
     same_size,
     source,
+    tensors,
     val,
 )
 from llmcomp.passes.base import Pass, Report
@@ -110,6 +113,16 @@ def number_operand(node: Node, writes: Written) -> Node | None:
     return _before(node, NUMBERS[node.target], *node.args, **node.kwargs)
 
 
+def stack_as_cat(node: Node, writes: Written) -> Node | None:
+    """stack([x, y], dim) -> cat([unsqueeze(x, dim), unsqueeze(y, dim)], dim)."""
+    if node.target is not aten.stack.default:
+        return None
+    dim = argument(node, "dim")
+    parts = [_before(node, aten.unsqueeze.default, part, dim) for part in tensors(node)]
+    new = _before(node, aten.cat.default, parts, dim)
+    return new if same_layout(val(new), val(node)) else None
+
+
 def merge_casts(node: Node, writes: Written) -> Node | None:
     """f64(f32(x)) -> f64(x) where the inner cast loses nothing; convert_element_type becomes _to_copy."""
     if node.target is torch.ops.prims.convert_element_type.default:
@@ -181,9 +194,8 @@ def drop_empty(node: Node, writes: Written) -> Node | None:
     """cat([empty, x]) -> clone(x): the first append to a cache that holds nothing."""
     if node.target is not aten.cat.default:
         return None
-    parts = [part for part in node.all_input_nodes if not _is_empty(part)]
-    once = len(parts) == 1 and list(node.args[0]).count(parts[0]) == 1  # type: ignore[arg-type]
-    if not once or val(parts[0]).dtype != val(node).dtype or not is_contiguous(val(node)):
+    parts = [part for part in tensors(node) if not _is_empty(part)]
+    if len(parts) != 1 or val(parts[0]).dtype != val(node).dtype or not is_contiguous(val(node)):
         return None
     return _before(node, aten.clone.default, parts[0], memory_format=torch.contiguous_format)
 
@@ -192,7 +204,7 @@ def _is_empty(node: Node) -> bool:
     return any(same_size(n, 0) for n in val(node).shape)
 
 
-RULES: tuple[Rule, ...] = (number_operand, merge_views, merge_casts, drop_empty, drop_view, drop_copy)
+RULES: tuple[Rule, ...] = (number_operand, stack_as_cat, merge_views, merge_casts, drop_empty, drop_view, drop_copy)
 
 
 def _before(node: Node, target: OpOverload, *args: Argument, **kwargs: Argument) -> Node:

@@ -111,7 +111,7 @@ def _evaluated(last: Node, x: Node) -> Tensor | None:
 
 
 def _computed(node: Node, value: Callable[[Node], Tensor | None]) -> Tensor | None:
-    if node.target not in ARITHMETIC:
+    if node.target not in ARITHMETIC or not val(node).dtype.is_floating_point:
         return None
     inputs = {n: value(n) for n in node.all_input_nodes}
     if not inputs or any(v is None for v in inputs.values()):

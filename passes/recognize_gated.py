@@ -28,10 +28,12 @@ NAMES = {
 
 
 def _run(graph: Graph, report: Report) -> None:
-    for node in list(graph.nodes):
+    # From the end: gate * sigmoid(1.702 * gate) is an activation where it is multiplied once more.
+    for node in reversed(list(graph.nodes)):
         pair = operands(node, aten.mul.Tensor)
-        if pair is not None:
-            report.rewrites += _rewrite(node, *pair, report) or _rewrite(node, *pair[::-1], report)
+        if pair is None or not node.users or activation(node) is not None:
+            continue
+        report.rewrites += _rewrite(node, *pair, report) or _rewrite(node, *pair[::-1], report)
 
 
 RECOGNIZE_GATED = Pass("recognize_gated", _run, needs=frozenset({SHAPES}))

@@ -1,7 +1,7 @@
 """Written-out rotary embeddings become llmcomp::rope.
 
     x * cos + cat([-x[R/2:], x[:R/2]]) * sin                     ->  rope(x, cos, sin, interleaved=False)
-    x * cos + flatten(stack([-x[1::2], x[::2]])) * sin           ->  rope(x, cos, sin, interleaved=True)
+    x * cos + view(cat([-x[1::2], x[::2]])) * sin                ->  rope(x, cos, sin, interleaved=True)
     cat([x[:R/2] * c - x[R/2:] * s, x[R/2:] * c + x[:R/2] * s])  ->  rope(x, cat([c, c]), cat([s, s]), False)
 
 A rotation the other way (cat([x[R/2:], -x[:R/2]])) gets -sin. Even and odd channels whose turned values are
@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from llmcomp.graph import argument, insert, only_user, same_shape, same_size, source, val
+from llmcomp.graph import argument, insert, only_user, same_shape, same_size, source, tensors, val
 from llmcomp.ops import OPS
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
@@ -126,7 +126,7 @@ def _rotated(node: Node) -> Rotated | None:
 def _joined(node: Node) -> tuple[tuple[Node, Node], bool] | None:
     """((a, b), interleaved): `node` is cat([a, b], -1), or takes its channels from a and b in turn."""
     if node.target is aten.cat.default:
-        parts, interleaved = _list(node) if _along_last(node) else [], False
+        parts, interleaved = tensors(node) if _along_last(node) else [], False
     elif node.target is aten.view.default:
         stack = source(node)
         flat = val(stack).dim() and same_shape(val(node).shape[:-1], val(stack).shape[:-2])
@@ -136,27 +136,17 @@ def _joined(node: Node) -> tuple[tuple[Node, Node], bool] | None:
     return ((parts[0], parts[1]), interleaved) if len(parts) == 2 else None
 
 
-def _list(node: Node) -> list[Node]:
-    """The first argument of cat or stack."""
-    parts = node.args[0]
-    assert isinstance(parts, list | tuple)
-    return [part for part in parts if isinstance(part, Node)]
-
-
 def _along_last(node: Node) -> bool:
     """Whether the dim that follows the first argument of a call is the last one of its result."""
     return is_last_axis(node.args[1] if len(node.args) > 1 else 0, node)
 
 
 def _stacked(node: Node) -> list[Node]:
-    """The parts of stack(parts, -1), also where that is a cat of unsqueezed parts; [] for anything else."""
-    if node.target not in (aten.stack.default, aten.cat.default) or not _along_last(node):
+    """The parts that were stacked along a last axis of their own; [] for anything else."""
+    if node.target is not aten.cat.default or not _along_last(node):
         return []
-    parts = _list(node)
-    if node.target is aten.stack.default:
-        return parts
-    columns = all(p.target is aten.unsqueeze.default and _along_last(p) for p in parts)
-    return [source(p) for p in parts] if columns else []
+    columns = all(p.target is aten.unsqueeze.default and _along_last(p) for p in tensors(node))
+    return [source(p) for p in tensors(node)] if columns else []
 
 
 def _part(node: Node) -> Part | None:
@@ -294,6 +284,7 @@ def _doubled(graph: Graph, angle: Node, interleaved: bool) -> Node:
     """An angle for every channel, made of one for every pair of channels."""
     if not interleaved:
         return insert(graph, aten.cat.default, [angle, angle], -1)
-    stacked = insert(graph, aten.stack.default, [angle, angle], -1)
+    column = insert(graph, aten.unsqueeze.default, angle, -1)
+    stacked = insert(graph, aten.cat.default, [column, column], -1)
     shape = [size_node(graph, n) for n in val(angle).shape[:-1]]
     return insert(graph, aten.view.default, stacked, [*shape, -1])
