@@ -78,9 +78,7 @@ def work_of(graphs: Sequence[GraphReport | None]) -> Work:
     programs = [g.program for g in graphs if g is not None]
     kernels, externs = [k for p in programs for k in p.kernels], [e for p in programs for e in p.externs]
     flops, weights = sum(k.flops for k in kernels), sum(k.weight_bytes for k in kernels)
-    return Work(
-        flops + sum(e.flops for e in externs), flops, weights + sum(e.weight_bytes for e in externs), weights
-    )
+    return Work(flops + sum(e.flops for e in externs), flops, weights + sum(e.weight_bytes for e in externs), weights)
 
 
 @contextmanager

@@ -94,9 +94,7 @@ SPECIAL: Mapping[str, Settings] = {
     "bamba": {"attn_layer_indices": [1]},
     # Its top config has no number of layers, which its cache asks for.
     "blt": {"num_hidden_layers": 2, "encoder_hash_byte_group_vocab": 50},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
@@ -282,9 +280,7 @@ def small(default: PretrainedConfig) -> dict[str, object]:
     depth = max([2, *map(len, kinds.values())])
     found |= {k: (v * depth)[:depth] for k, v in kinds.items()}
     found |= {k: depth for k in LAYERS if k in found}
-    found |= {
-        k: small(getattr(default, k)) for k in default.sub_configs if getattr(default, k, None) is not None
-    }
+    found |= {k: small(getattr(default, k)) for k in default.sub_configs if getattr(default, k, None) is not None}
     return found
 
 

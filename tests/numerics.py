@@ -30,9 +30,7 @@ def assert_equal_float32(ours: Tensor, eager: Tensor) -> None:
     assert ours.shape == eager.shape and ours.dtype == eager.dtype, f"{ours.shape} {ours.dtype}"
     assert bool(ours.isfinite().all()) or not bool(eager.isfinite().all()), "not finite where eager is"
     error, size = rms(ours - eager), rms(eager)
-    assert error <= FLOAT32 * size, (
-        f"rms difference {error:.3g} of {size:.3g}: {error / size:.3g} > {FLOAT32}"
-    )
+    assert error <= FLOAT32 * size, f"rms difference {error:.3g} of {size:.3g}: {error / size:.3g} > {FLOAT32}"
 
 
 def assert_no_worse(ours: Tensor, eager: Tensor, exact: Tensor) -> None:

@@ -112,9 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = store.missing(names, args.again)
     batches = [todo[i : i + BATCH] for i in range(0, len(todo), BATCH)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for results in pool.map(
-            lambda batch: list(spawn(batch, args.backend, args.limit, args.timeout)), batches
-        ):
+        for results in pool.map(lambda batch: list(spawn(batch, args.backend, args.limit, args.timeout)), batches):
             store.add(results)
             for r in results:
                 print(f"{r.name:44} {dict(r.verdicts)}", flush=True)

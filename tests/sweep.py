@@ -66,9 +66,7 @@ def judged(case: Case, check: str, count: Count, backend: str, seconds: float) -
         allowed = run_check(case, check, EAGER).breaks
         if count.breaks > allowed:
             verdict, detail = "breaks", f"{count.breaks} graph breaks, eager Dynamo has {allowed}"
-    return Record(
-        case.name, check, verdict, detail, count.graphs, count.breaks, count.ties, seconds, count.work
-    )
+    return Record(case.name, check, verdict, detail, count.graphs, count.breaks, count.ties, seconds, count.work)
 
 
 def one_line(error: Exception) -> str:

@@ -12,9 +12,7 @@ from tests.numerics import Divergence, assert_no_worse, divergences, is_tie
 
 # Each adds something: q/k norms, post-norms and soft caps, windows, Conv1D, parallel layers, alibi, experts,
 # sinks, latent attention, fused q/k/v, state-space layers.
-GENERATE = (
-    "llama qwen3 gemma2 gemma3_text gpt2 gpt_neox phi3 olmo2 bloom mixtral gpt_oss deepseek_v3 mamba".split()
-)
+GENERATE = "llama qwen3 gemma2 gemma3_text gpt2 gpt_neox phi3 olmo2 bloom mixtral gpt_oss deepseek_v3 mamba".split()
 LOGITS = "llama bert-sequence modernbert-token whisper-speech t5".split()
 BFLOAT16 = "llama qwen3 gemma2 gpt2 bloom mixtral bert-token".split()
 
@@ -42,9 +40,7 @@ def test_generate_of_a_compiled_module_runs_compiled(graphs: list[GraphReport]) 
     case = case_named("llama")
     model, prompt = case.build(), case.prompt(1, 7)
     eager = copy.deepcopy(model).generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    ours = torch.compile(model, backend="llmcomp").generate(
-        **prompt, max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    ours = torch.compile(model, backend="llmcomp").generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert len(graphs) == 3, "prefill, first decode, decode of any length"
     assert torch.equal(ours, eager)
 
