@@ -191,7 +191,7 @@ def integer(value: object, index: Index) -> Affine | None:
     if not isinstance(value, Node) or not isinstance(value.meta.get("val"), Tensor):
         number = known(value)
         return Affine(0, 0, number) if isinstance(number, int | SymInt) else None
-    if val(value).dtype.is_floating_point or val(value).dtype == torch.bool:
+    if val(value).dtype not in (torch.int64, torch.int32):
         return None
     if (seen := through_view(value, index)) is not None:
         return integer(*seen)
@@ -215,9 +215,11 @@ def _arange(node: Node, index: Index) -> Affine | None:
     return index[0].times(step).plus(start)
 
 
-def _sum(sign: int) -> Callable[[Node, Index], Affine | None]:
+def _sum(sign: int, swap: bool = False) -> Callable[[Node, Index], Affine | None]:
+    """a + sign * alpha * b of the operands, or of the operands swapped."""
+
     def rule(node: Node, index: Index) -> Affine | None:
-        a, b = (_operand(x, index) for x in node.args[:2])
+        a, b = (_operand(x, index) for x in (reversed(node.args[:2]) if swap else node.args[:2]))
         alpha = argument(node, "alpha")
         if a is None or b is None or not isinstance(alpha, int):
             return None
@@ -236,6 +238,7 @@ _INTEGERS: Mapping[object, Callable[[Node, Index], Affine | None]] = {
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _sum(1)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sum(-1)),
+    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), _sum(-1, swap=True)),
     **dict.fromkeys((aten.full.default, aten.scalar_tensor.default), _filled),
     aten._to_copy.default: lambda node, index: integer(node.args[0], index),
     aten.neg.default: lambda node, index: _negated(integer(node.args[0], index)),
@@ -306,9 +309,7 @@ def _truth_of_operand(value: object, index: Index) -> Terms | None:
 
 def _not(node: Node, index: Index) -> Terms | None:
     source = node.args[0]
-    if not isinstance(source, Node) or (
-        node.target is aten.bitwise_not.default and val(source).dtype != torch.bool
-    ):
+    if not isinstance(source, Node) or (node.target is aten.bitwise_not.default and val(source).dtype != torch.bool):
         return None
     return negated(truth(source, index))
 
@@ -366,9 +367,7 @@ _TRUTHS: Mapping[object, TruthRule] = {
     aten.ne.Scalar: _compared_with_zero(negate=False),
     aten.tril.default: _triangle(1),
     aten.triu.default: _triangle(-1),
-    **dict.fromkeys(
-        (aten.ones.default, aten.new_ones.default, aten.ones_like.default), lambda node, index: ()
-    ),
+    **dict.fromkeys((aten.ones.default, aten.new_ones.default, aten.ones_like.default), lambda node, index: ()),
     **dict.fromkeys(
         (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default), lambda node, index: (NEVER,)
     ),

@@ -7,7 +7,8 @@ Eager models hide a key by adding the lowest finite number to its score. Where a
 hiding it by -inf, since the exponential of the difference is zero; but a row whose keys are all hidden gives
 the mean of all values, not zeros. So finite masks become structure only where every row provably sees a key
 (causal rows see their own) and no other finite mask stays; otherwise, with padding for example, they stay
-float masks that are added, and equal eager on all rows. A bias that is added is taken to hide nothing.
+float masks that are added, and equal eager on all rows. A bias that is added is taken to hide nothing. A row
+that -inf hides altogether is zeros, as in scaled_dot_product_attention; written-out eager attention gives NaN.
 """
 
 from collections.abc import Iterable, Sequence
