@@ -116,6 +116,17 @@ def insert(graph: Graph, target: OpOverload | Callable[..., object], *args: Argu
     return node
 
 
+def insert_once(before: Node, target: OpOverload, *args: Argument) -> Node:
+    """An earlier call with the same arguments where there is one, else a call inserted before `before`."""
+    operands: list[Node] = []
+    map_arg(args, operands.append)
+    for user in operands[0].users:
+        if user.target is target and user.args == args and not user.kwargs and user < before:
+            return user
+    with before.graph.inserting_before(before):
+        return insert(before.graph, target, *args)
+
+
 def fake_result(node: Node) -> object:
     """The value of a call, computed on the fake values of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from llmcomp.graph import argument, insert, only_user, same_shape, same_size, source, tensors, val
+from llmcomp.graph import argument, insert, insert_once, only_user, same_shape, same_size, source, tensors, val
 from llmcomp.ops import OPS
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
@@ -97,9 +97,9 @@ def _unfit(node: Node, x: Node, cos: Node, sin: Node) -> str | None:
 
 def _rewrite(node: Node, rotated: Rotated, cos: Node, sin: Node) -> None:
     graph, last, x = node.graph, narrowed(node), uncast(rotated.of)
+    if rotated.backwards:
+        sin = insert_once(last, aten.neg.default, sin)
     with graph.inserting_before(last):
-        if rotated.backwards:
-            sin = insert(graph, aten.neg.default, sin)
         dtype = () if val(last).dtype == val(x).dtype else (val(last).dtype,)
         op = OPS.rope.default
         new = insert(graph, op, x, uncast(cos), uncast(sin), rotated.interleaved, *dtype)
@@ -270,21 +270,22 @@ def _with_part(node: Node) -> tuple[Node, Node] | None:
 
 def _rewrite_halves(node: Node, halves: Halves, interleaved: bool) -> None:
     graph, last = node.graph, narrowed(node)
+    x = uncast(halves.parts[0].of)
+    if halves.parts[0].interleaved != interleaved:
+        x = insert_once(last, aten.cat.default, list(halves.nodes), -1)
+    dtype = () if val(last).dtype == val(x).dtype else (val(last).dtype,)
+    cos, sin = (_doubled(last, uncast(angle), interleaved) for angle in (halves.cos, halves.sin))
     with graph.inserting_before(last):
-        x = uncast(halves.parts[0].of)
-        if halves.parts[0].interleaved != interleaved:
-            x = insert(graph, aten.cat.default, list(halves.nodes), -1)
-        dtype = () if val(last).dtype == val(x).dtype else (val(last).dtype,)
-        cos, sin = (_doubled(graph, uncast(angle), interleaved) for angle in (halves.cos, halves.sin))
         new = insert(graph, OPS.rope.default, x, cos, sin, interleaved, *dtype)
     adopt(last, new)
 
 
-def _doubled(graph: Graph, angle: Node, interleaved: bool) -> Node:
-    """An angle for every channel, made of one for every pair of channels."""
+def _doubled(before: Node, angle: Node, interleaved: bool) -> Node:
+    """An angle for every channel, made of one for every pair of channels; made once for queries and keys."""
     if not interleaved:
-        return insert(graph, aten.cat.default, [angle, angle], -1)
-    column = insert(graph, aten.unsqueeze.default, angle, -1)
-    stacked = insert(graph, aten.cat.default, [column, column], -1)
-    shape = [size_node(graph, n) for n in val(angle).shape[:-1]]
-    return insert(graph, aten.view.default, stacked, [*shape, -1])
+        return insert_once(before, aten.cat.default, [angle, angle], -1)
+    column = insert_once(before, aten.unsqueeze.default, angle, -1)
+    pairs = insert_once(before, aten.cat.default, [column, column], -1)
+    with before.graph.inserting_before(before):
+        shape = [size_node(before.graph, n) for n in val(angle).shape[:-1]]
+    return insert_once(before, aten.view.default, pairs, [*shape, -1])
