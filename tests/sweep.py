@@ -130,16 +130,10 @@ class Store:
 def line_of(records: Sequence[Record]) -> str:
     """One row of the table: a case."""
     cells = [r.check if r.verdict == "ok" else f"{r.check}={r.verdict.upper()}" for r in records]
-    flops, weights = share(records, "flops"), share(records, "weight_bytes")
+    work = sum((r.work for r in records), Work())
+    flops, weights = (f"{100 * share:.0f}%" if work.flops else "-" for share in work.shares)
     seconds, ties = sum(r.seconds for r in records), sum(r.ties for r in records)
     return f"{records[0].case:24} {flops:>5} {weights:>5} {ties:3} {seconds:6.1f}  {' '.join(cells)}"
-
-
-def share(records: Sequence[Record], field: str) -> str:
-    """The generated part of all FLOPs or weight bytes, in percent."""
-    total = sum(getattr(r.work, field) for r in records)
-    made = sum(getattr(r.work, f"generated_{field}") for r in records)
-    return f"{100 * made / total:.0f}%" if total else "-"
 
 
 def print_summary(records: Iterable[Record]) -> None:

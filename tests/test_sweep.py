@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checks import Work, checks_of
+from llmcomp.report import ExternReport, KernelReport, ProgramReport
+from tests.checks import Work, checks_of, work_of_program
 from tests.models import Case, all_cases, case_named
-from tests.sweep import Record, Store, main, share, spawn
+from tests.sweep import Record, Store, line_of, main, spawn
 
 TIMEOUT = 900.0
 
@@ -30,9 +31,20 @@ def test_the_store_resumes(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_share_is_that_of_the_sum() -> None:
-    records = [Record("a", "x", "ok", work=Work(100, 50)), Record("a", "y", "ok", work=Work(300, 250))]
-    assert share(records, "flops") == "75%" and share(records, "weight_bytes") == "-"
+def test_shares_are_those_of_the_sum() -> None:
+    assert (Work(100, 50) + Work(300, 250)).shares == (0.75, 1.0)
+    records = [Record("a", "x", "ok", work=Work(100, 50, 8, 2)), Record("a", "y", "ok", work=Work(300, 250))]
+    assert "  75%   25% " in line_of(records)
+
+
+def test_the_library_of_the_cpu_is_counted_apart() -> None:
+    def linear(rows: int) -> ExternReport:
+        return ExternReport("llmcomp.linear.default", "x", "", 0, 2 * rows * 100, 400)
+
+    kernel = KernelReport("k", "map", ("n",), 0, 30, 20)
+    programs = [ProgramReport(target, (kernel,), (linear(8), linear(64))) for target in ("cpp", "triton")]
+    assert work_of_program(programs[0]) == Work(1630, 30, 420, 20, 12800)
+    assert work_of_program(programs[1]) == Work(14430, 30, 820, 20, 0)
 
 
 def test_main_says_no_when_a_check_fails(tmp_path: Path) -> None:
