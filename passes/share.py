@@ -2,8 +2,8 @@
 
     a = arange(8); b = arange(8); c = a < b    ->    a = arange(8); c = a < a
 
-Not shared: results of the graph, random numbers, copies and empty buffers (made to be separate memory), and
-whatever reads memory that the graph writes into.
+Not shared: results of the graph, random numbers, new buffers, and whatever reads or is memory that the graph
+writes into.
 """
 
 from collections.abc import Hashable
@@ -20,7 +20,6 @@ aten = torch.ops.aten
 
 # Calls without a tensor argument make buffers; these two make values.
 VALUES = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.scalar_tensor.default)
-COPIES = (aten.clone.default, aten.lift_fresh_copy.default, aten.empty_like.default, aten.zeros_like.default)
 
 
 def _run(graph: Graph, report: Report) -> None:
@@ -41,13 +40,13 @@ SHARE = Pass("share", _run, needs=frozenset({SHAPES}))
 
 
 def _may_be_shared(node: Node, writes: frozenset[Node]) -> bool:
-    if not isinstance(node.target, OpOverload) or node.target in COPIES or not is_tensor(node):
+    if not isinstance(node.target, OpOverload) or not is_tensor(node):
         return False
     if not node.all_input_nodes and node.target not in VALUES:
         return False
     if is_random(node) or written(node):
         return False
-    return not any(base(n) in writes for n in node.all_input_nodes)
+    return not any(base(n) in writes for n in (node, *node.all_input_nodes))
 
 
 def _key(node: Node) -> Hashable:

@@ -4,7 +4,7 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from llmcomp.graph import text
+from llmcomp.graph import insert, source, text
 from llmcomp.passes.base import run_passes
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.share import SHARE
@@ -53,15 +53,23 @@ def test_a_result_may_serve_inside() -> None:
     assert printed.count("aten.exp") == 1
 
 
-def test_buffers_copies_and_random_numbers_stay_two() -> None:
+def test_buffers_and_random_numbers_stay_two() -> None:
     def fn(x: Tensor) -> Tensors:
         keys, values = torch.zeros(8), torch.zeros(8)
-        one, other = x.clone(), x.clone()
-        return keys + one, values - other, torch.rand_like(x) - torch.rand_like(x)
+        return keys + x, values - x, torch.rand_like(x) - torch.rand_like(x)
 
     gm = capture(fn, torch.randn(8))
     (result,) = run_passes(gm, [SHARE], frozenset({SHAPES}))
     assert result.report.rewrites == 0, text(gm.graph)
+
+
+def test_copies_are_shared_unless_one_is_written() -> None:
+    gm = capture(lambda x: (x.clone() + 1, x.clone() + 2, x.clone() + 3), torch.randn(8))
+    third = [n for n in gm.graph.nodes if n.target is torch.ops.aten.clone.default][2]
+    with gm.graph.inserting_before(next(iter(third.users))):
+        insert(gm.graph, torch.ops.aten.copy_.default, third, source(third))
+    (result,) = run_passes(gm, [SHARE], frozenset({SHAPES}))
+    assert result.report.rewrites == 1, text(gm.graph)
 
 
 def test_what_reads_written_memory_stays_two() -> None:
