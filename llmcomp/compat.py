@@ -171,10 +171,14 @@ def optimized_module() -> Any:
 
 
 def backend_of(compiled: Any) -> object:
-    """The backend function that `torch.compile(module, backend=...)` was given or looked up."""
-    innermost = private("torch._dynamo.eval_frame", "innermost_backend", "knows the backend of a module")
-    wrapper = innermost(compiled.dynamo_ctx.callback)
-    return getattr(wrapper, "compiler_fn", wrapper)
+    """The backend function that `torch.compile(module, backend=...)` was given or looked up.
+
+    Asked about the modules of all backends, so it never raises: None where this torch keeps it elsewhere.
+    """
+    found = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return getattr(found, "compiler_fn", found)
 
 
 def compile_apart(fn: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

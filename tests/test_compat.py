@@ -123,6 +123,7 @@ def test_backend_of_a_compiled_module():
     assert compat.backend_of(torch.compile(layer, backend="llmcomp")) is llmcomp.backend.llmcomp
     assert compat.backend_of(torch.compile(layer, backend="eager")) is not llmcomp.backend.llmcomp
     assert isinstance(torch.compile(layer, backend="eager"), compat.optimized_module())
+    assert compat.backend_of(layer) is None
 
 
 def test_bisector_tries_us_before_inductor():
