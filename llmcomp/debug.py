@@ -32,9 +32,7 @@ class Stages:
 
     def __init__(self, gm: GraphModule, options: Options) -> None:
         self._level = options.debug
-        self._folder = (
-            None if options.dump is None else _new_folder(options.dump, gm.meta.get("kind", "graph"))
-        )
+        self._folder = None if options.dump is None else _new_folder(options.dump, gm.meta.get("kind", "graph"))
         self._written = 0
         self._counts = operator_counts(gm)
         self._print(1, f"llmcomp: {gm.meta.get('kind', 'graph')} of {len(gm.graph.nodes)} nodes")
@@ -213,9 +211,7 @@ def _hint(value: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> object:
     return value.node.hint if value.node.has_hint() else 2
 
 
-def random_tensor(
-    shape: list[int], stride: list[int], dtype: torch.dtype, device: str = "cpu"
-) -> torch.Tensor:
+def random_tensor(shape: list[int], stride: list[int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """A tensor of this layout: normally distributed, or zeros and ones where `dtype` is integer or bool."""
     count = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
     if dtype.is_floating_point or dtype.is_complex:

@@ -72,9 +72,7 @@ def explain(
 
 
 def _graphs(e: Explanation) -> RenderableType:
-    table = _table(
-        "graphs", "graph", "nodes*", "launches*", "eager calls*", "in kernels: FLOPs*", "weight bytes*"
-    )
+    table = _table("graphs", "graph", "nodes*", "launches*", "eager calls*", "in kernels: FLOPs*", "weight bytes*")
     for i, g in enumerate(e.graphs):
         kernels, externs = g.program.kernels, g.program.externs
         table.add_row(

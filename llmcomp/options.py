@@ -96,9 +96,7 @@ def read_options(
         OptionError: an unknown key, or a value that the key does not take; the message lists what is valid.
     """
     if options is not None and not isinstance(options, Mapping):
-        raise OptionError(
-            f"expected options to be a dict, found {options!r}: pass options={{'verify': True}}"
-        )
+        raise OptionError(f"expected options to be a dict, found {options!r}: pass options={{'verify': True}}")
     asked: dict[str, Any] = {"cache": _path(Options.cache)}
     asked |= {key: _checked(key, value, name) for name, key, value in _from_environment(environment)}
     asked |= {key: _checked(key, value, key) for key, value in (options or {}).items()}

@@ -48,9 +48,7 @@ def detect(options: Options, devices: Collection[torch.device]) -> Target:
         return interpreter()
     if options.target == "auto":
         return reference(min(kinds))
-    needs = {"cpp": "the CPU", "triton": "a CUDA device (or on the CPU with TRITON_INTERPRET=1)"}[
-        options.target
-    ]
+    needs = {"cpp": "the CPU", "triton": "a CUDA device (or on the CPU with TRITON_INTERPRET=1)"}[options.target]
     raise OptionError(
         f"expected tensors on {needs} for target {options.target!r}, found {', '.join(sorted(kinds))}: "
         f"move the model, or leave the option target out"
@@ -81,14 +79,8 @@ def interpreter() -> Target:
 def cuda(device: torch.device) -> Target:
     """The Triton target of a CUDA or ROCm device."""
     found = torch.cuda.get_device_properties(device)
-    arch = (
-        getattr(found, "gcnArchName", "").split(":")[0]
-        if torch.version.hip
-        else f"sm_{found.major}{found.minor}"
-    )
-    shared = getattr(found, "shared_memory_per_block_optin", 0) or getattr(
-        found, "shared_memory_per_block", 0
-    )
+    arch = getattr(found, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or getattr(found, "shared_memory_per_block", 0)
     return Target(
         "triton",
         "cuda",

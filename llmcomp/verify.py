@@ -203,9 +203,7 @@ def _too_far(got: Tensor, eager: Tensor, exact: Tensor | None) -> str | None:
         # The error of few elements is a matter of luck: allow for that.
         luck = 1 + 3 / max(1, eager.numel()) ** 0.5
         error, bar = _rms(got, exact), luck * (1.5 * _rms(eager, exact) + rounding * _rms(exact))
-    return (
-        None if error <= bar else f"expected a root-mean-square error of at most {bar:.3g}, found {error:.3g}"
-    )
+    return None if error <= bar else f"expected a root-mean-square error of at most {bar:.3g}, found {error:.3g}"
 
 
 def _rms(a: Tensor, b: Tensor | None = None) -> float:
@@ -246,9 +244,7 @@ def _values(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _changed(got: Any, expected: Any) -> str | None:
-    return next(
-        (c for a, b in zip(_leaves(got), _leaves(expected), strict=True) if (c := difference(a, b))), None
-    )
+    return next((c for a, b in zip(_leaves(got), _leaves(expected), strict=True) if (c := difference(a, b))), None)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -89,9 +89,7 @@ def test_graphs_inside_a_graph_are_dumped_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
-@pytest.mark.parametrize(
-    ("shape", "stride"), [([2, 3], [1, 2]), ([2, 3], [0, 1]), ([0, 3], [3, 1]), ([], [])]
-)
+@pytest.mark.parametrize(("shape", "stride"), [([2, 3], [1, 2]), ([2, 3], [0, 1]), ([0, 3], [3, 1]), ([], [])])
 def test_random_tensor(dtype, shape, stride):
     t = random_tensor(shape, stride, dtype)
     assert (list(t.shape), list(t.stride()), t.dtype) == (shape, stride, dtype)

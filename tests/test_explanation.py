@@ -81,9 +81,7 @@ def test_a_compiled_model_is_explained_and_stays_compiled(how, options, graphs):
         fast = (
             model
             if how == "in place"
-            else torch.compile(
-                model if how == "wrapped" else model.forward, backend="llmcomp", options=options
-            )
+            else torch.compile(model if how == "wrapped" else model.forward, backend="llmcomp", options=options)
         )
         fast(x)
         before = len(graphs)

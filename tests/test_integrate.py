@@ -163,9 +163,7 @@ def test_many_models_in_one_process(graphs):
         if seed % 2:
             config = LlamaConfig(**SMALL | {"hidden_size": 16 + 16 * (seed // 2)})
         else:
-            config = GPT2Config(
-                vocab_size=64, n_embd=16 + 16 * (seed // 2), n_layer=1, n_head=4, n_positions=32
-            )
+            config = GPT2Config(vocab_size=64, n_embd=16 + 16 * (seed // 2), n_layer=1, n_head=4, n_positions=32)
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             expected = model(PROMPT, use_cache=False).logits

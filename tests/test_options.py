@@ -81,9 +81,7 @@ def test_refusals_say_what_is_valid(asked, parts):
 
 
 def test_unknown_mode():
-    with pytest.raises(
-        OptionError, match="mode.*default, reduce-overhead.*'max-autotun'.*did you mean 'max-autotune'"
-    ):
+    with pytest.raises(OptionError, match="mode.*default, reduce-overhead.*'max-autotun'.*did you mean 'max-autotune'"):
         read_options(None, "max-autotun", {})
 
 

@@ -38,9 +38,7 @@ def test_choice(asked, devices, name):
 
 @pytest.mark.parametrize(("asked", "devices"), [("cpp", [GPU]), ("cpp", [META]), ("triton", [CPU])])
 def test_refusal(asked, devices):
-    with pytest.raises(
-        OptionError, match=f"target '{asked}', found {devices[0].type}: move the model, or leave"
-    ):
+    with pytest.raises(OptionError, match=f"target '{asked}', found {devices[0].type}: move the model, or leave"):
         target.detect(Options(target=asked), devices)
 
 

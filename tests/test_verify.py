@@ -105,9 +105,7 @@ def test_symbolic_sizes_random_numbers_and_casts():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    "x", [torch.ones(2, 1).expand(2, 3), torch.ones(6, 6).t()[1:, ::2], torch.ones(0, 3)]
-)
+@pytest.mark.parametrize("x", [torch.ones(2, 1).expand(2, 3), torch.ones(6, 6).t()[1:, ::2], torch.ones(0, 3)])
 def test_layouts(x):
     gm, stages = stages_of(f, x)
     verify(stages, gm, gm.meta["inputs"])
