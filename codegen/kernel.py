@@ -339,9 +339,7 @@ def phases(body: Sequence[Statement], inner: sympy.Symbol, seeds: Sequence[str] 
         for s in ends:
             need(inputs(s), wanted)
         scalars = tuple(
-            s
-            for s in body
-            if not isinstance(s, Store | Reduce) and s.out not in varying and level[s.out] == depth
+            s for s in body if not isinstance(s, Store | Reduce) and s.out not in varying and level[s.out] == depth
         )
         loop = tuple(s for s in body if s in ends or (not isinstance(s, Store | Reduce) and s.out in wanted))
         if scalars or loop:

@@ -19,6 +19,8 @@ def lower(region: Region, inlined: Set[Node]) -> Lowered:
     Raises:
         Unfit: the region is not one kernel of its family; the text is the reason.
     """
+    if not region.outputs:
+        raise Unfit("nothing reads it")
     if any(n == 0 for o in region.outputs for n in fake(destination(o)[1]).shape if isinstance(n, int)):
         raise Unfit("no elements")
     match region.family:

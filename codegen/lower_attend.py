@@ -84,9 +84,7 @@ def _score(
     mask = argument(node, "mask")
     if isinstance(mask, Node):
         index = (
-            broadcast(at, fake(mask))
-            if fake(mask).dim() == 4
-            else broadcast(at[4 - fake(mask).dim() :], fake(mask))
+            broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
         )
         seen = p.at(mask, index, "mask")
         if fake(mask).dtype == torch.bool:

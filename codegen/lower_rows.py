@@ -33,9 +33,7 @@ def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     full = [o for o in region.outputs if _ends_in(fake(destination(o)[1]), extent)]
     reference = fake(destination(full[0])[1]) if full else fake(destination(region.outputs[0])[1])
     rank = reference.dim() - (_trailing(reference, extent) if full else 0)
-    outer, loops = loop_axes(
-        reference.new_empty_strided(reference.shape[:rank], reference.stride()[:rank]), "r"
-    )
+    outer, loops = loop_axes(reference.new_empty_strided(reference.shape[:rank], reference.stride()[:rank]), "r")
     symbol, points, inner_size = axis_symbol("c"), None, extent
     turn = rotation(region)
     if turn is not None and extent == turn[0]:
@@ -56,9 +54,7 @@ def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     refuse_hazards(p)
     axes = tuple(loops) or (K.Axis(axis_symbol("r"), sympy.Integer(1)),)
     row_axis = K.Axis(symbol, inner_size)
-    return finish(
-        p, lambda buffers, symbols: K.Rows(kernel_name(region), buffers, symbols, axes, row_axis, body_of(p))
-    )
+    return finish(p, lambda buffers, symbols: K.Rows(kernel_name(region), buffers, symbols, axes, row_axis, body_of(p)))
 
 
 def _row(region: Region) -> tuple[sympy.Expr, int]:

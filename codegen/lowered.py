@@ -81,9 +81,7 @@ def write(p: Puller, output: Node, index: Index) -> None:
         where[dim] = p.checked(position, size(fake(target).shape[dim]), wrap=False)
     elif target is not value:
         shape = fake(target).shape
-        where = [
-            ZERO if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], sizes(shape), strict=True)
-        ]
+        where = [ZERO if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], sizes(shape), strict=True)]
     strides = sizes(fake(target).stride())
     p.store(buffer, sympy.Add(*(i * s for i, s in zip(where, strides, strict=True))), result)
 
@@ -119,9 +117,7 @@ def members(region: Region, inlined: Set[Node]) -> Set[Node]:
 def rotation(region: Region) -> tuple[int, bool] | None:
     """(channels, interleaved) of the rotary embeddings of a region, if they agree and channels are known."""
     found = {
-        (hint(fake(n).shape[-1]), bool(n.args[3]))
-        for n in region.nodes
-        if n.target is torch.ops.llmcomp.rope.default
+        (hint(fake(n).shape[-1]), bool(n.args[3])) for n in region.nodes if n.target is torch.ops.llmcomp.rope.default
     }
     return found.pop() if len(found) == 1 else None
 

@@ -139,9 +139,7 @@ class Puller:
             return _constant(value, dtype)
         if self.dtypes[value] == dtype:
             return value
-        return self.emit(
-            "as_" + str(dtype).split(".")[-1], dtype, lambda out: Compute(out, "convert", (value,), dtype)
-        )
+        return self.emit("as_" + str(dtype).split(".")[-1], dtype, lambda out: Compute(out, "convert", (value,), dtype))
 
     def named(self, value: Argument, dtype: torch.dtype) -> str:
         """`value` as the name of a value of `dtype`: constants get a statement."""
@@ -236,9 +234,7 @@ class Puller:
             for n, a in operands
         ]
         promoting = [
-            _dtype_witness(a)
-            for n, a in operands
-            if n not in ("alpha", "beta", "condition", "mask", "approximate")
+            _dtype_witness(a) for n, a in operands if n not in ("alpha", "beta", "condition", "mask", "approximate")
         ]
         computation, _ = elementwise_dtypes(
             *(p for p in promoting if p is not None), type_promotion_kind=rule.promotion
@@ -254,9 +250,7 @@ class Puller:
         positional = len(node.args)
         saved, self.dtype = self.dtype, computation
         try:
-            result = rule.formula(
-                self, *(v for _, v in converted[:positional]), **dict(converted[positional:])
-            )
+            result = rule.formula(self, *(v for _, v in converted[:positional]), **dict(converted[positional:]))
         finally:
             self.dtype = saved
         return self.convert(result, compute_dtype(fake(node).dtype))
@@ -270,9 +264,7 @@ class Puller:
         """`value` rounded to what `dtype` can hold, in its register dtype."""
         value = self.convert(value, compute_dtype(dtype))
         if (rounding := NARROW_FLOATS.get(dtype)) and isinstance(value, str):
-            return self.emit(
-                "rounded", torch.float32, lambda out: Compute(out, rounding, (value,), torch.float32)
-            )
+            return self.emit("rounded", torch.float32, lambda out: Compute(out, rounding, (value,), torch.float32))
         return value
 
 

@@ -58,10 +58,7 @@ class Along:
         extent = sympy.expand(sympy.Mul(*(shape[d] for d in along)))
         if p.inner is None or sympy.expand(p.inner.extent - extent) != 0:
             raise Unfit(f"{node.name} reduces {extent} elements, not the inner axis")
-        if (
-            p.inner.symbol in sympy.Tuple(*outer).free_symbols
-            or p.space.data & sympy.Tuple(*outer).free_symbols
-        ):
+        if p.inner.symbol in sympy.Tuple(*outer).free_symbols or p.space.data & sympy.Tuple(*outer).free_symbols:
             raise Unfit(f"{node.name} is read at another row")
         self.p, self.source, self.along, self.outer, self.shape = p, source, along, outer, shape
 
@@ -117,11 +114,7 @@ def fold(op: str) -> Rule:
         outer = _outer(index, along, bool(argument(node, "keepdim", False)), fake(source).dim())
         dtype = compute_dtype(fake(node).dtype)
         working = (
-            torch.bool
-            if op in ("any", "all")
-            else compute_dtype(fake(source).dtype)
-            if op.startswith("arg")
-            else dtype
+            torch.bool if op in ("any", "all") else compute_dtype(fake(source).dtype) if op.startswith("arg") else dtype
         )
         elements = Along(p, node, source, along, outer)
         if op.startswith("arg") and (p.inner is None or p.inner.points != (p.inner.symbol,)):
@@ -219,9 +212,7 @@ def _standardize(
     return _computing(p, dtype, value), dtype
 
 
-def _affine(
-    p: Puller, value: Argument, dtype: torch.dtype, weight: object, bias: object, tail: Index
-) -> Argument:
+def _affine(p: Puller, value: Argument, dtype: torch.dtype, weight: object, bias: object, tail: Index) -> Argument:
     def result() -> Argument:
         out = value
         if isinstance(weight, Node):
@@ -250,9 +241,7 @@ def native_layer_norm_item(p: Puller, node: Node, producer: Node, index: Index) 
     if which == 0:
         value, dtype = _standardize(p, producer, source, along, index, float(eps))  # type: ignore[arg-type]
         return _affine(p, value, dtype, weight, bias, index[along[0] :])
-    centre, squares, dtype = moments(
-        p, producer, source, along, _outer(index, along, True, fake(source).dim())
-    )
+    centre, squares, dtype = moments(p, producer, source, along, _outer(index, along, True, fake(source).dim()))
     if which == 1:
         return centre
     return _computing(
@@ -326,9 +315,7 @@ def item(p: Puller, node: Node, index: Index) -> Argument | None:
         if which == 1 and (p.inner is None or p.inner.points != (p.inner.symbol,)):
             raise Unfit("arg reduction over a divided axis")
         dtype = compute_dtype(fake(source).dtype)
-        return Along(p, producer, source, along, outer).reduce(
-            name if which == 0 else f"arg{name}", dtype, lambda x: x
-        )
+        return Along(p, producer, source, along, outer).reduce(name if which == 0 else f"arg{name}", dtype, lambda x: x)
     if producer.target is aten.var_mean.correction:
         source, along = _source(producer), reduced_dims(producer)
         outer = _outer(index, along, bool(argument(producer, "keepdim", False)), fake(source).dim())

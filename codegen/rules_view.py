@@ -226,13 +226,7 @@ def arange(p: Puller, node: Node, index: Index) -> Argument:
 
 def full(p: Puller, node: Node, index: Index) -> Argument:
     """full, full_like, new_full, scalar_tensor: one value everywhere."""
-    position = (
-        0
-        if node.target is aten.scalar_tensor.default
-        else 1
-        if node.target is not aten.new_full.default
-        else 2
-    )
+    position = 0 if node.target is aten.scalar_tensor.default else 1 if node.target is not aten.new_full.default else 2
     value = node.args[position]
     if isinstance(value, Node):
         value = p.integer(_extent(value))

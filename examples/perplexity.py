@@ -88,9 +88,7 @@ def perplexity(
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=here / "tiny_llama", help="a saved model")
     parser.add_argument("--text", type=Path, help="UTF-8 text (default: heldout.txt in the folder)")
     parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")

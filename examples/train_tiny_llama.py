@@ -217,9 +217,7 @@ def train(
     return step, time.perf_counter() - begin
 
 
-def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, sequence: int
-) -> Perplexity:
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, sequence: int) -> Perplexity:
     """Over windows no longer than the sequences trained on so far: beyond them the model is lost."""
     model.eval()
     result = perplexity(model, tokenizer, text, window=sequence, stride=sequence // 2)
@@ -227,9 +225,7 @@ def measure(
     return result
 
 
-def save_checkpoint(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int, spent: float
-) -> None:
+def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, step: int, spent: float) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
     torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
@@ -358,9 +354,7 @@ Temperature 0.7, top-p 0.9, from the prompt `def read_lines(path):` and a docstr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_llama")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, help="train so long instead, whatever the steps")

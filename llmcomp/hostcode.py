@@ -25,7 +25,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
 from llmcomp.arena import Arena, Lifetime, plan_arena
-from llmcomp.codegen.build import Built
+from llmcomp.codegen.build import Built, Cache, Source, build
+from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
 from llmcomp.codegen.index import size, sizes
 from llmcomp.codegen.lowered import destination
 from llmcomp.options import Options
@@ -75,6 +76,7 @@ def host_program(
     kernels: Sequence[int],
     built: Sequence[Built],
     options: Options,
+    cache: Cache,
     target: Target,
 ) -> tuple[Callable[..., tuple[Any, ...]], str]:
     """Print and compile the host function of a program; returns it with its text."""
@@ -94,10 +96,11 @@ def host_program(
         if target.name == "triton":
             writer.launches(run, built)
         else:
-            writer.foreign_call(run, built, options)
+            writer.foreign_call(run, built)
         position = end
         writer.release(position - 1)
     writer.finish()
+    writer.bind_plans(built, cache)
     return writer.compiled()
 
 
@@ -106,8 +109,7 @@ def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]
     arena."""
     stored = {o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o}
     step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    visible = set(_seen(output, partition))
+    visible = set(_seen(gm.graph.output_node(), partition))
     for step in steps:
         if step.lowered is None:
             visible.update(_seen(step.region.nodes[0], partition))
@@ -167,6 +169,8 @@ class HostWriter:
         self.names: dict[Node, str] = {}
         self.bound: set[sympy.Symbol] = set()
         self.last_use: dict[Node, int] = {}
+        self.plans: list[Source] = []
+        self.returned = frozenset(_seen(gm.graph.output_node(), partition))
         self.namespace: dict[str, Any] = {
             "torch": torch,
             "array": array.array,
@@ -300,22 +304,14 @@ class HostWriter:
                     strides = self._tuple(value.stride())
                     dtype, device = self._constant(value.dtype), self._constant(value.device)
                     self.names[node] = node.name
-                    self.line(
-                        f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})"
-                    )
+                    self.line(f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
 
     def _tuple(self, values: Sequence[int | torch.SymInt]) -> str:
         inner = ", ".join(self.expr(size(v)) for v in values)
         return f"({inner},)" if values else "()"
 
-    def foreign_call(
-        self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built], options: Options
-    ) -> None:
+    def foreign_call(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built]) -> None:
         """A run of C++ kernels as one call of a printed C function."""
-        from llmcomp.codegen.build import build
-        from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
-        from llmcomp.program import _cache
-
         self.allocate(run)
         table: dict[Node, int] = {}
         launches = []
@@ -323,24 +319,12 @@ class HostWriter:
             assert step.lowered is not None
             entries = tuple(table.setdefault(n, len(table)) for n in step.lowered.buffers)
             launches.append(Launch(built[which].source.name, which, entries, step.lowered.sizes))
-        slots = [
-            Slot(i, self.storage.arena.offsets[n])
-            for n, i in table.items()
-            if n in self.storage.arena.offsets
-        ]
+        slots = [Slot(i, self.storage.arena.offsets[n]) for n, i in table.items() if n in self.storage.arena.offsets]
         used = {s for x in launches for e in x.sizes for s in e.free_symbols}
         used |= {s for x in slots for s in x.offset.free_symbols}
         symbols = tuple(sorted(used, key=str))
-        source = render_plan("plan", launches, slots, symbols)
-        (plan,) = build([source], _cache(options))
-        function = ctypes.CFUNCTYPE(
-            ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
-        )(plan.function())
-        number = len(self.namespace.setdefault("functions", []))
-        addresses = (ctypes.c_void_p * len(built))(*(b.function() for b in built))
-        self.namespace["functions"].append(addresses)
-        self.namespace[f"run_{number}"] = function
-        self.namespace[f"kernels_{number}"] = ctypes.addressof(addresses)
+        number = len(self.plans)
+        self.plans.append(render_plan(f"plan_{number}", launches, slots, symbols))
         pointers = ", ".join(
             "0" if n in self.storage.arena.offsets else f"{self._pointer(n)}.data_ptr()" for n in table
         )
@@ -349,9 +333,26 @@ class HostWriter:
         self.line(f'sizes = array("q", ({values}{"," if values else ""}))')
         arena = "arena.data_ptr()" if self.storage.arena.offsets else "0"
         self.line(
-            f"check_status(run_{number}(kernels_{number}, pointers.buffer_info()[0], "
+            f"check_status(plan_{number}(kernels, pointers.buffer_info()[0], "
             f"sizes.buffer_info()[0], {arena}, threads))"
         )
+
+    def bind_plans(self, built: Sequence[Built], cache: Cache) -> None:
+        """Build all printed C functions as one library and make them callable by the host function."""
+        if not self.plans:
+            return
+        head = self.plans[0].text.splitlines(keepends=True)[0]
+        text = head + "".join(plan.text.removeprefix(head) for plan in self.plans)
+        (library,) = build([Source(self.plans[0].name, "cpp", text)], cache)
+        functions = ctypes.CDLL(str(library.path))
+        for plan in self.plans:
+            function = functions[plan.name]
+            function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
+            function.restype = ctypes.c_int64
+            self.namespace[plan.name] = function
+        addresses = (ctypes.c_void_p * len(built))(*(b.function() for b in built))
+        self.namespace["addresses"] = addresses  # kept alive
+        self.namespace["kernels"] = ctypes.addressof(addresses)
 
     def _pointer(self, node: Node) -> str:
         return self.names[node]
@@ -371,12 +372,10 @@ class HostWriter:
 
     def release(self, position: int) -> None:
         """Drop tensors that nobody reads after step `position`."""
-        output = next(n for n in self.gm.graph.nodes if n.op == "output")
-        kept = set(_seen(output, self.partition))
         dead = [
             n
             for n in self.names
-            if n.op == "call_function" and self.last_use.get(n, position) <= position and n not in kept
+            if n.op == "call_function" and self.last_use.get(n, position) <= position and n not in self.returned
             and self.names[n] == n.name
         ]  # fmt: skip
         if dead:
@@ -386,8 +385,7 @@ class HostWriter:
 
     def finish(self) -> None:
         """The return statement."""
-        output = next(n for n in self.gm.graph.nodes if n.op == "output")
-        results = output.args[0]
+        results = self.gm.graph.output_node().args[0]
         items = results if isinstance(results, list | tuple) else (results,)
         self.line(f"return ({''.join(self.argument(r) + ', ' for r in items)})")
 
@@ -414,14 +412,10 @@ def eager(node: Node) -> Callable[..., Any] | None:
     return None
 
 
-def _library_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool
-) -> torch.Tensor:
+def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
     return torch.ops.aten.linear.default(x, weight, bias)  # type: ignore[no-any-return]
 
 
-def _library_matrix(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool
-) -> torch.Tensor:
+def _library_matrix(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:
     product = torch.matmul(x, weight)
     return product if bias is None else product.add_(bias)

@@ -78,7 +78,7 @@ def compile_program(gm: GraphModule, lowerer: Lowerer, options: Options, target:
     clock.lap("render")
     built = build_all(sources, options)
     clock.lap("build")
-    run, text = hostcode.host_program(gm, partition, steps, kernels, built, options, target)
+    run, text = hostcode.host_program(gm, partition, steps, kernels, built, options, _cache(options), target)
     clock.lap("plan")
     return Executable(run, text, _report(steps, kernels, built, target, clock))
 
@@ -102,10 +102,7 @@ def _warn_no_compiler() -> None:
 
 def lower_steps(partition: Partition, lowerer: Lowerer) -> list[Step]:
     """Regions with their kernels, in order."""
-    return [
-        Step(r, None if r.family == "extern" else lowerer.lower(r, partition.inlined))
-        for r in partition.regions
-    ]
+    return [Step(r, None if r.family == "extern" else lowerer.lower(r, partition.inlined)) for r in partition.regions]
 
 
 def render_all(steps: Sequence[Step], target: Target) -> tuple[list[Source], list[int]]:
@@ -135,9 +132,7 @@ def comment(region: Region) -> tuple[str, ...]:
 
 def _describe(node: Node) -> str:
     value = node.meta.get("val")
-    shape = (
-        f" {str(value.dtype).split('.')[-1]}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
-    )
+    shape = f" {str(value.dtype).split('.')[-1]}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
     arguments = ", ".join(a.name if isinstance(a, Node) else str(a) for a in node.args)
     return f"{node.name}{shape} = {node.target}({arguments})"
 
@@ -172,6 +167,4 @@ def _report(
         path = built[which].source_path
         launched.append(KernelReport(kernel.name, step.region.family, names, total, flops, weights, path))
     fresh = sum(not b.cached for b in built)
-    return ProgramReport(
-        target.name, tuple(launched), tuple(externs), tuple(clock.stages), fresh, len(built) - fresh
-    )
+    return ProgramReport(target.name, tuple(launched), tuple(externs), tuple(clock.stages), fresh, len(built) - fresh)

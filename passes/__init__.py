@@ -33,6 +33,7 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
         RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
         RECOGNIZE_GATED,  # act(gate) * up -> gated
         RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        CANONICALIZE,  # copies that only the old forms needed
         fuse_siblings(fits, library),  # q, k and v; gate and up: one kernel reads the operand once
         fuse_epilogue(fits),  # bias, residual, activation, rotary embedding, cache write
         fuse_prologue(fits, rows, most_rows=16),  # the norm before a linear layer

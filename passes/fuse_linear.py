@@ -29,7 +29,11 @@ def fuse_siblings(fits: Fits, library: Library) -> Pass:
         groups = Groups(graph)
         by_operand: dict[tuple[Node, ...], list[Node]] = {}
         for node in graph.nodes:
-            if node.target in _linears() and not library(node):
+            if node.target not in _linears():
+                continue
+            if library(node):
+                node.meta["extern_reason"] = "a matrix product of many rows is left to the library"
+            else:
                 by_operand.setdefault(_operand_key(node), []).append(node)
         for siblings in by_operand.values():
             _join_siblings(groups, siblings, fits, report)
@@ -103,7 +107,9 @@ def _readers(groups: Groups, label: Label) -> list[Node]:
 
 
 def _free(groups: Groups, nodes: Iterable[Node]) -> set[Node]:
-    return {n for n in nodes if n.op == "call_function" and groups.label(n) is None}
+    """Nodes that no kernel has taken and that are no heads of kernels themselves."""
+    heads = (*_linears(), torch.ops.llmcomp.attention.default)
+    return {n for n in nodes if n.op == "call_function" and groups.label(n) is None and n.target not in heads}
 
 
 def _refusal(groups: Groups, label: Label, nodes: list[Node], fits: Fits) -> str | None:

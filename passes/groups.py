@@ -48,11 +48,7 @@ def is_view(node: Node) -> bool:
     if node.target in VIEWS:
         return True
     source = node.args[0] if node.args else None
-    return (
-        getattr(node.target, "__name__", "") == "getitem"
-        and isinstance(source, Node)
-        and source.target in VIEWS
-    )
+    return getattr(node.target, "__name__", "") == "getitem" and isinstance(source, Node) and source.target in VIEWS
 
 
 def base(node: Node) -> Node:

@@ -32,6 +32,9 @@ def partition(fits: Fits) -> Pass:
 
 
 def _place(groups: Groups, node: Node, fits: Fits, report: Report) -> None:
+    if "extern_reason" in node.meta:
+        groups.create("extern", [node])
+        return
     reasons = []
     for family in ("attend",) if node.target is torch.ops.llmcomp.attention.default else ("map", "rows"):
         reason = fits(groups.region(family, [node]), groups.inlined)

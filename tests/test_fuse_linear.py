@@ -119,6 +119,4 @@ extern: sort -> sort
 extern: getitem -> getitem
 map: add_1 -> add_1""",
     )
-    assert "it waits for something that needs this kernel" in [
-        m.reason for m in results[1].report.near_misses
-    ]
+    assert "it waits for something that needs this kernel" in [m.reason for m in results[1].report.near_misses]

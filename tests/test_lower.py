@@ -9,7 +9,6 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx import Node
 
-from tests.graphs import capture
 from llmcomp.codegen.describe import describe
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.passes.base import run_passes
@@ -17,6 +16,7 @@ from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
 from llmcomp.passes.partition import partition, read_partition
+from tests.graphs import capture
 
 ops = torch.ops.llmcomp
 
@@ -147,9 +147,7 @@ def test_rotary_halves_are_two_accumulators_and_the_cache_is_written_in_place() 
         heads = ops.linear(x, weight, None, False).view(2, 1, 2, 8).transpose(1, 2)
         return ops.rope(heads, cos, sin, False)
 
-    (text,) = kernels(
-        fn, torch.randn(2, 1, 4), torch.randn(16, 4), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    )
+    (text,) = kernels(fn, torch.randn(2, 1, 4), torch.randn(16, 4), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8))
     assert_expected_inline(
         text,
         """\

@@ -29,9 +29,7 @@ def test_a_value_in_between_is_stored_where_others_need_it() -> None:
 
 
 def test_reductions_along_different_axes_stay_apart() -> None:
-    text, _ = grouped(
-        lambda x: x.sum(-1) * x.sum((-2, -1))[:, None], torch.randn(2, 3, 4), passes=only_partition
-    )
+    text, _ = grouped(lambda x: x.sum(-1) * x.sum((-2, -1))[:, None], torch.randn(2, 3, 4), passes=only_partition)
     assert text.count("rows") == 2
 
 

@@ -86,9 +86,7 @@ def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: str) ->
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_special_tokens_agree_with_the_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_special_tokens_agree_with_the_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     generation = model.generation_config
     assert len(set(special)) == 3
@@ -147,6 +145,4 @@ def test_generates_from_a_padded_batch_as_from_each_prompt(
     together = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, -8:]
     for prompt, row in zip(prompts, together, strict=True):
         alone = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        assert torch.equal(
-            model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, -8:], row
-        )
+        assert torch.equal(model.generate(**alone, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, -8:], row)
