@@ -26,7 +26,7 @@ from llmcomp.codegen.kernel import (
     Statement,
     Store,
 )
-from llmcomp.codegen.triton_expr import DTYPES, NARROW_FLOATS, compute, index, literal, scalar
+from llmcomp.codegen.triton_expr import DTYPES, NARROW_FLOATS, compute, full, index, literal
 
 WIDTH = 100
 # Names that generated code uses for itself; values of the kernel that are called so get an underscore.
@@ -217,7 +217,7 @@ def load_text(s: Load, tile: Tile, widen: bool = True) -> tuple[str, list[str], 
     """The parts of `out = tl.load(...)` for `call`; without `widen` it keeps the dtype of its buffer."""
     dims = tile.of([*map(str, s.index.free_symbols), *([s.mask] if s.mask else [])])
     dtype = tile.buffers[s.buffer]
-    arguments = [pointer(s.buffer, s.index, dims, tile)] if dims else [scalar_pointer(s)]
+    arguments = [pointer(s.buffer, s.index, dims, tile)]
     if mask := tile.guard(dims, s.mask):
         arguments.append(f"mask={mask}")
     if s.mask:
@@ -228,9 +228,11 @@ def load_text(s: Load, tile: Tile, widen: bool = True) -> tuple[str, list[str], 
 
 def _load(s: Load, tile: Tile) -> str:
     dims = tile.of([*map(str, s.index.free_symbols), *([s.mask] if s.mask else [])])
-    text = call(*load_text(s, tile))
     tile.values[s.out] = Value(s.dtype, dims)
-    return text
+    if dims:
+        return call(*load_text(s, tile))
+    text = f"tl.load({scalar_pointer(s)})"
+    return f"{spell(s.out)} = tl.full({tile.shape(dims)}, {text}, {DTYPES[s.dtype]})"
 
 
 def _operand_dtype(s: Compute, tile: Tile) -> torch.dtype:
@@ -241,16 +243,17 @@ def _operand_dtype(s: Compute, tile: Tile) -> torch.dtype:
 
 
 def _compute(s: Compute, tile: Tile) -> str:
-    text = compute(s, _operand_dtype(s, tile), spell)
+    text = compute(s, _operand_dtype(s, tile), spell, tile.shape(NO_DIMS))
     tile.values[s.out] = Value(s.dtype, tile.of(a for a in s.args if isinstance(a, str)))
     return f"{spell(s.out)} = {text}"
 
 
 def _index(s: Index, tile: Tile) -> str:
-    tile.values[s.out] = Value(s.dtype, tile.of(map(str, s.expr.free_symbols)))
-    if not s.expr.free_symbols:
-        return f"{spell(s.out)} = {scalar(int(s.expr), s.dtype)}"
+    dims = tile.of(map(str, s.expr.free_symbols))
+    tile.values[s.out] = Value(s.dtype, dims)
     text = indexed(s.expr)
+    if not dims:
+        return f"{spell(s.out)} = tl.full({tile.shape(dims)}, {text}, {DTYPES[s.dtype]})"
     return f"{spell(s.out)} = {text if s.expr.is_Symbol else f'({text})'}.to({DTYPES[s.dtype]})"
 
 
@@ -258,7 +261,7 @@ def _check(s: Check, tile: Tile) -> str:
     dims = tile.of([s.value])
     tile.values[s.out] = Value(torch.int64, dims)
     mask = tile.guard(dims | tile.of([s.mask] if s.mask else []), s.mask)
-    inside = mask or scalar(True, torch.bool)
+    inside = mask or full(True, torch.bool, tile.shape(NO_DIMS))
     arguments = [spell(s.value), indexed(s.size), str(s.wrap), inside, "status_ptr"]
     return call(f"{spell(s.out)} = prelude.checked_index", arguments)
 
@@ -315,7 +318,7 @@ def _neutral_text(op: str, dtype: torch.dtype) -> str:
     value = neutral(op, dtype)
     assert not isinstance(value, str)
     text = literal(value, dtype)
-    return text if dtype in (torch.float32, torch.bool) else f"tl.full((), {text}, {DTYPES[dtype]})"
+    return text if dtype in (torch.float32, torch.bool) else f"tl.full([1, 1], {text}, {DTYPES[dtype]})"
 
 
 def reduced_dtype(s: Reduce, tile: Tile) -> torch.dtype:

@@ -142,17 +142,21 @@ def literal(value: Constant, dtype: torch.dtype) -> str:
     return repr(float(value)) if math.isfinite(value) else f'float("{float(value)}")'
 
 
-def scalar(value: Constant, dtype: torch.dtype) -> str:
-    """A constant as a Triton value of `dtype`.
+def full(value: Constant, dtype: torch.dtype, shape: str) -> str:
+    """A constant as a Triton value of `dtype`. `shape` is that of a tile with all sizes 1.
 
-    >>> scalar(0.1, torch.float64)
-    'tl.full((), 0.1, tl.float64)'
+    (A scalar would do on a GPU; the interpreter spreads the result of comparing two scalars as a number.)
+
+    >>> full(0.1, torch.float64, "[1]")
+    'tl.full([1], 0.1, tl.float64)'
     """
-    return f"tl.full((), {literal(value, dtype)}, {DTYPES[dtype]})"
+    return f"tl.full({shape}, {literal(value, dtype)}, {DTYPES[dtype]})"
 
 
-def compute(statement: Compute, dtype: torch.dtype, name: Callable[[str], str] = str) -> str:
-    """The Triton expression of `statement`, whose operands have the dtype `dtype`; `name` spells values.
+def compute(statement: Compute, dtype: torch.dtype, name: Callable[[str], str] = str, shape: str = "[1]") -> str:
+    """The Triton expression of `statement`, whose operands have the dtype `dtype`.
+
+    `name` spells values; `shape` is that of constants which need a type.
 
     Raises ValueError where the operation is not defined for the dtype.
     """
@@ -161,40 +165,37 @@ def compute(statement: Compute, dtype: torch.dtype, name: Callable[[str], str] =
     if text is None:
         raise ValueError(f"operation {statement.op} is not defined for {dtype}: {statement}")
     if statement.op == "convert":
-        return _convert(statement, dtype, name)
+        return _convert(statement, dtype, name, shape)
     if statement.op == "constant":
-        return scalar(_constant(statement.args[0]), statement.dtype)
-    return text.format(*_operands(statement, dtype, text, name), T=DTYPES[statement.dtype])
+        return full(_constant(statement.args[0]), statement.dtype, shape)
+    return text.format(*_operands(statement, dtype, text, name, shape), T=DTYPES[statement.dtype])
 
 
-def _operands(statement: Compute, dtype: torch.dtype, text: str, name: Callable[[str], str]) -> list[str]:
+def _operands(statement: Compute, dtype: torch.dtype, text: str, name: Callable[[str], str], shape: str) -> list[str]:
     """The operands: literals where Triton takes the type from another operand, else typed constants."""
     if statement.op == "where":
         condition, *branches = statement.args
-        typed = [statement.dtype] * 2
         literals = any(isinstance(b, str) for b in branches) and statement.dtype == torch.float32
-        return [
-            _operand(condition, torch.bool, False, name),
-            *(_operand(b, t, literals, name) for b, t in zip(branches, typed, strict=True)),
-        ]
+        typed = [_operand(b, statement.dtype, literals, name, shape) for b in branches]
+        return [_operand(condition, torch.bool, False, name, shape), *typed]
     plain = "prelude." not in text and "tl." not in text
     single = statement.op in LITERAL_SECOND and dtype == torch.float32 and isinstance(statement.args[0], str)
     literals = single or (plain and any(isinstance(a, str) for a in statement.args))
-    return [_operand(a, dtype, literals, name) for a in statement.args]
+    return [_operand(a, dtype, literals, name, shape) for a in statement.args]
 
 
-def _operand(argument: Argument, dtype: torch.dtype, literals: bool, name: Callable[[str], str]) -> str:
+def _operand(argument: Argument, dtype: torch.dtype, literals: bool, name: Callable[[str], str], shape: str) -> str:
     if isinstance(argument, str):
         return name(argument)
     text = literal(argument, dtype)
     if literals:
         return f"({text})" if text.startswith("-") else text
-    return scalar(argument, dtype)
+    return full(argument, dtype, shape)
 
 
-def _convert(statement: Compute, dtype: torch.dtype, name: Callable[[str], str]) -> str:
+def _convert(statement: Compute, dtype: torch.dtype, name: Callable[[str], str], shape: str) -> str:
     """Conversion as torch does it: a bool is "not zero", narrow integers of floats go through int64."""
-    text = _operand(statement.args[0], dtype, False, name)
+    text = _operand(statement.args[0], dtype, False, name, shape)
     if statement.dtype == dtype:
         return text
     if statement.dtype == torch.bool:

@@ -237,6 +237,22 @@ def test_constants_keep_double_precision() -> None:
     assert torch.equal(y, (x * 0.1 * 0.1 + 1e-20).clamp(max=0.03))
 
 
+@interpreted
+@pytest.mark.parametrize("op", [op for op in OPERATIONS if F32 in dtypes(op) and arity(op) == 2])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_constant_operand(op: str, first: bool) -> None:
+    x = samples(F32, 0)
+    y = torch.zeros(x.numel(), dtype=BOOL if op in TO_BOOL else F32)
+    body = (
+        Load("x", "a_ptr", POINT.symbol, F32),
+        Compute("y", op, (2.5, "x") if first else ("x", 2.5), y.dtype),
+        Store("b_ptr", POINT.symbol, "y"),
+    )
+    run(binary_map(body, F32, y.dtype), [x, y], [x.numel()])
+    values = [x, torch.full_like(x, 2.5)]
+    assert_close(op, y, reference(op, values[::-1] if first else values))
+
+
 CONVERSIONS = [F32, F64, torch.int8, torch.int32, torch.int64, torch.uint8, BOOL]
 
 
