@@ -175,7 +175,7 @@ def backend_of(compiled: Any) -> object:
 
     Asked about the modules of all backends, so it never raises: None where this torch keeps it elsewhere.
     """
-    found = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    found: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
     return getattr(found, "compiler_fn", found)
