@@ -47,10 +47,15 @@ INLINE Vec exp_negative(Vec x) {
 
 INLINE float exp_negative(float x) { return exp_negative(splat(x))[0]; }
 
+INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // of a NaN and a number it may be either
+
 INLINE float highest(Vec v) {
-    float best = v[0];
-    for (int64_t i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-    return best;
+    using micro::AllLanes, micro::rotate;
+    v = maximum(v, rotate<1>(v, AllLanes<W>()));
+    v = maximum(v, rotate<2>(v, AllLanes<W>()));
+    if constexpr (W > 4) v = maximum(v, rotate<4>(v, AllLanes<W>()));
+    if constexpr (W > 8) v = maximum(v, rotate<8>(v, AllLanes<W>()));
+    return v[0];
 }
 
 INLINE void multiply(float* row, int64_t size, float factor) {
@@ -85,10 +90,7 @@ INLINE void put(bf16* to, Vec v) {
 template <typename P>
 INLINE void weigh(Row& row, float* scores, P* weights, int64_t size, float* total, int64_t channels) {
     Vec best = splat(-op::inff);
-    for (int64_t j = 0; j < size; j += W) {
-        const Vec s = load<Vec>(scores + j);
-        best = s > best ? s : best;
-    }
+    for (int64_t j = 0; j < size; j += W) best = maximum(load<Vec>(scores + j), best);
     raise(row, highest(best), total, channels);
     const float base = row.highest == -op::inff ? 0.0f : row.highest;
     Vec sum = {};
@@ -109,7 +111,7 @@ struct Attention {
     typedef micro::ColumnFormat<T, T> F;  // both products, for many rows
     typedef typename F::Packed Packed;
 
-    static constexpr int64_t ROWS = 64;  // query rows of an item
+    static constexpr int64_t ROWS = 128;  // query rows of an item
     static constexpr int64_t KEYS = 128;  // keys of a block
     static constexpr int64_t FEW = micro::FEW;
     static constexpr int64_t R = 8;  // rows in registers
@@ -218,12 +220,12 @@ struct Attention {
             high = op::maximum(high, s.rows[r].stop);
         }
         if constexpr (DIRECT) {
-            if (count == 1) return few<1>(s, b, kv, first, count, low, high, score);
-            if (count == 2) return few<2>(s, b, kv, first, count, low, high, score);
-            if constexpr (FEW >= 8) {
-                if (count <= 4) return few<4>(s, b, kv, first, count, low, high, score);
-                if (count <= 8) return few<8>(s, b, kv, first, count, low, high, score);
-            }
+            // A decode step has GROUP rows, so smaller numbers are not worth code of their own.
+            constexpr int64_t LEAST = GROUP <= 2 ? GROUP : GROUP <= 4 ? 4 : 8;
+            if constexpr (LEAST <= FEW)
+                if (rows() <= LEAST) return few<LEAST>(s, b, kv, first, count, low, high, score);
+            if constexpr (2 * LEAST <= FEW)
+                if (rows() <= 2 * LEAST) return few<2 * LEAST>(s, b, kv, first, count, low, high, score);
         }
         many(s, b, kv, first, count, low, high, score);
     }
@@ -258,31 +260,52 @@ struct Attention {
         }
         for (int64_t j = low; j < high; j += KEYS) {
             const int64_t size = op::minimum(KEYS, high - j);
-            const T* at = keys_at + j * k.position;
+            // While keys are read the values of the block are fetched, and while these are read the next keys.
+            const T *const at = keys_at + j * k.position, *const values = values_at + j * v.position;
             int64_t n = 0;
             for (; n + 4 <= size; n += 4)
                 micro::dots<Dots, 4, C>(
-                    s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, at + (n + 8) * k.position
+                    s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, values + n * v.position, v.position
                 );
             for (; n < size; ++n)
-                micro::dots<Dots, 1, C>(s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, at);
+                micro::dots<Dots, 1, C>(s.scores + n, KEYS, at + n * k.position, k.position, s.few, D, at, 0);
             for (int64_t c = 0; c < count; ++c) {
                 const int64_t i = (first + c) / GROUP, h = kv * GROUP + (first + c) % GROUP;
                 float* const scores = s.scores + c * KEYS;
                 judge(s.rows[c], scores, work::round_up(size, W), j, b, h, i, score);
-                weigh(s.rows[c], scores, scores, work::round_up(size, W), s.totals + c * V_SIZE, V_SIZE);
+                weigh(
+                    s.rows[c], scores, s.weights + c * KEYS, work::round_up(size, W), s.totals + c * V_SIZE, V_SIZE
+                );
             }
-            at = values_at + j * v.position;
-            typedef micro::Singles<T> Wide;
-            for (n = 0; n + 8 <= size; n += 8)
-                micro::columns_run<Wide, 8, C>(
-                    s.totals, V_SIZE, s.scores + n, KEYS, at + n * v.position, v.position, DV
-                );
-            for (; n < size; ++n)
-                micro::columns_run<Wide, 1, C>(
-                    s.totals, V_SIZE, s.scores + n, KEYS, at + n * v.position, v.position, DV
-                );
+            add_values<C>(s, values, size, at + KEYS * k.position);
         }
+    }
+
+    // totals += weights . values for C rows and `size` keys, as many channels at a time as the registers hold.
+    template <int64_t C>
+    void add_values(Scratch& s, const T* at, int64_t size, const T* next_keys) const {
+        constexpr int64_t SUMS = W == 16 ? 16 : 8, MOST = C == 1 ? 8 : SUMS / C;
+        constexpr int64_t V = DV < 2 * W ? 1 : DV / W < MOST ? DV / W : MOST, WHOLE = DV / (V * W) * V * W;
+        const auto next = [&](int64_t key) { return key + F::GROUP <= size ? v.position : 0; };
+        for (int64_t c = 0; c < WHOLE; c += V * W)
+            micro::outer_with<F, C, V, true>(
+                s.totals + c, V_SIZE, s.weights, KEYS, size, [&](int64_t key, int64_t n) {
+                    if (c == 0 && n == 0) fetch(next_keys + key * k.position);
+                    return F::columns(at + key * v.position + c + n * W, next(key));
+                });
+        for (int64_t c = WHOLE; c < DV; c += W)
+            micro::outer_with<F, C, 1, true>(
+                s.totals + c, V_SIZE, s.weights, KEYS, size, [&](int64_t key, int64_t) {
+                    return F::columns_part(at + key * v.position + c, next(key), op::minimum(W, DV - c));
+                });
+    }
+
+    // A group of rows of keys into the second-level cache.
+    void fetch(const T* at) const {
+#pragma GCC unroll 2
+        for (int64_t g = 0; g < F::GROUP; ++g)
+#pragma GCC unroll 8
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(at + g * k.position + d, 0, 2);
     }
 
     // Any number of rows, R at a time against a packed block of keys and values.

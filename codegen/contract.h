@@ -141,8 +141,10 @@ struct Operand : Packing<typename micro::Format<Weight, Graph>::Packed, 2 * W> {
     ) const {
         int64_t n = 0;
         for (; n + 4 <= width; n += 4)
-            micro::dots<F, 4, C>(out + n, ldo, w + n * ld, ld, x, depth, n + 8 <= width ? w + (n + 4) * ld : next);
-        for (; n < width; ++n) micro::dots<F, 1, C>(out + n, ldo, w + n * ld, ld, x, depth, next);
+            micro::dots<F, 4, C>(
+                out + n, ldo, w + n * ld, ld, x, depth, n + 8 <= width ? w + (n + 4) * ld : next, ld
+            );
+        for (; n < width; ++n) micro::dots<F, 1, C>(out + n, ldo, w + n * ld, ld, x, depth, next, ld);
     }
 
     // The products come out with the rows of the operand innermost; they are turned around on the way to `out`.

@@ -24,7 +24,6 @@ constexpr int64_t FEW = 2;
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
-typedef float Quad __attribute__((vector_size(16)));
 
 // ---- vectors ----------------------------------------------------------------------------------------------------
 
@@ -55,28 +54,6 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 
 INLINE Vec splat(float x) { return Vec{} + x; }
-
-// ---- sums of the lanes of four vectors ----------------------------------------------------------------------------
-
-INLINE Quad fold(Vec v) {
-    Quad parts[W / 4];
-    __builtin_memcpy(parts, &v, sizeof(v));
-    if constexpr (W == 4) return parts[0];
-    else if constexpr (W == 8) return parts[0] + parts[1];
-    else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
-INLINE Quad sums(Vec a, Vec b, Vec c, Vec d) {
-    const Quad qa = fold(a), qb = fold(b), qc = fold(c), qd = fold(d);
-    const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
-    const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-
-INLINE float sum(Vec v) {
-    const Quad q = fold(v);
-    return (q[0] + q[1]) + (q[2] + q[3]);
-}
 
 // ---- turning a square of lanes ------------------------------------------------------------------------------------------
 
@@ -114,6 +91,43 @@ INLINE void transpose(V (&rows)[W]) {
     exchange_all<2>(rows);
     if constexpr (W > 4) exchange_all<4>(rows);
     if constexpr (W > 8) exchange_all<8>(rows);
+}
+
+// ---- sums of lanes ----------------------------------------------------------------------------------------------------
+
+template <int S, typename V, int... LANE>
+INLINE V rotate(V v, Lanes<LANE...>) {
+    return __builtin_shufflevector(v, v, ((LANE + S) % int(W))...);
+}
+
+// One round: from N vectors to the first of every 2 S, their lanes taking turns of S.
+template <int S, int64_t N>
+INLINE void add_round(Vec (&v)[N]) {
+    if constexpr (S < N) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < N; i += 2 * S) {
+            exchange<S>(v[i], v[i + S], AllLanes<W>());
+            v[i] += v[i + S];
+        }
+    } else if constexpr (S < W) {
+        v[0] += rotate<S>(v[0], AllLanes<W>());
+    }
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; N is a power of two up to W.
+template <int64_t N>
+INLINE Vec sums(Vec (&v)[N]) {
+    static_assert(N <= W && W <= 16, "as many lanes as vectors");
+    add_round<1>(v);
+    add_round<2>(v);
+    add_round<4>(v);
+    add_round<8>(v);
+    return v[0];
+}
+
+INLINE float sum(Vec x) {
+    Vec v[1] = {x};
+    return sums(v)[0];
 }
 
 // ---- widening -------------------------------------------------------------------------------------------------------
@@ -297,9 +311,9 @@ INLINE void multiply_step(
 // Meanwhile the R rows at `next` are fetched into the second-level cache, one row after the other: memory is read in
 // one stream although the registers work on R rows, which is worth a third of the bandwidth.
 template <typename F, int64_t R, int64_t C>
-void dots(
+INLINE void dots(
     float* out, int64_t ldo, const typename F::Weight* w, int64_t ld, const typename F::Packed* x, int64_t depth,
-    const typename F::Weight* next
+    const typename F::Weight* next, int64_t next_ld
 ) {
     constexpr int64_t U = C == 1 ? 2 : 1;  // a single operand row needs twice as many independent sums
     constexpr int64_t BYTES = R * U * F::STEP * sizeof(*w);
@@ -307,7 +321,7 @@ void dots(
     const int64_t steps = depth / F::STEP;
     int64_t s = 0;
     for (int64_t part = 0; part < R; ++part) {
-        const char* line = (const char*)(next + part * ld);
+        const char* line = (const char*)(next + part * next_ld);
         for (const int64_t stop = steps * (part + 1) / R; s + U <= stop; s += U, line += BYTES) {
             if constexpr (R > 1)
                 for (int64_t b = 0; b < BYTES; b += 64) __builtin_prefetch(line + b, 0, 2);
@@ -321,41 +335,61 @@ void dots(
         for (int64_t r = 0; r < R; ++r) raw[r] = F::read_part(w + r * ld + s * F::STEP, rest);
         multiply<F, R, C>(acc[0], raw, x + s * C * F::STEP);
     }
-    for (int64_t c = 0; c < C; ++c) {
-        for (int64_t r = 0; r < R && U == 2; ++r) acc[0][r][c] += acc[U - 1][r][c];
-        if constexpr (R == 4) store(out + c * ldo, sums(acc[0][0][c], acc[0][1][c], acc[0][2][c], acc[0][3][c]));
-        else out[c * ldo] = sum(acc[0][0][c]);
+    if constexpr (U == 2)
+        for (int64_t r = 0; r < R; ++r) acc[0][r][0] += acc[1][r][0];
+    constexpr int64_t AT_ONCE = R * C < W ? C : W / R;  // operand rows whose sums fit one vector
+#pragma GCC unroll 8
+    for (int64_t c0 = 0; c0 < C; c0 += AT_ONCE) {
+        Vec lanes[AT_ONCE * R];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < AT_ONCE * R; ++i) lanes[i] = acc[0][i % R][c0 + i / R];
+        float total[W];
+        store(total, sums(lanes));
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < AT_ONCE; ++c) __builtin_memcpy(out + (c0 + c) * ldo, total + c * R, R * sizeof(float));
     }
 }
 
 // ---- outer ----------------------------------------------------------------------------------------------------------
 
-// out[r][c] += sum_k a[r][k] b[k][c] for R rows and V vectors of columns; b is packed as [k / GROUP][c][GROUP] with
-// `ldb` elements from one group to the next. Without ADD, = in place of +=.
-template <typename F, int64_t R, int64_t V, bool ADD = true, typename Factor>
-void outer(
-    float* out, int64_t ldo, const Factor* a, int64_t lda, const typename F::Packed* b, int64_t ldb, int64_t depth
+// out[r][c] += sum_k a[r][k] b[k][c] for R rows and V vectors of columns; without ADD, = in place of +=. `read(k, v)`
+// gives the vector v of the rows of b from k on, GROUP of them.
+template <typename F, int64_t R, int64_t V, bool ADD, typename Read>
+INLINE void outer_with(
+    float* out, int64_t ldo, const typename F::Packed* a, int64_t lda, int64_t depth, const Read& read
 ) {
     Vec acc[R][V] = {};
     for (int64_t r = 0; r < R && ADD; ++r)
         for (int64_t v = 0; v < V; ++v) acc[r][v] = load<Vec>(out + r * ldo + v * W);
     int64_t k = 0;
-    for (; k + F::GROUP <= depth; k += F::GROUP, b += ldb)
+    for (; k + F::GROUP <= depth; k += F::GROUP) {
+        typename F::Lanes lanes[V];
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < V; ++v) lanes[v] = read(k, v);
 #pragma GCC unroll 8
         for (int64_t r = 0; r < R; ++r) {
             const auto factor = F::broadcast(a + r * lda + k);
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < V; ++v)
-                acc[r][v] = F::outer_product(factor, load<typename F::Lanes>(b + v * W * F::GROUP), acc[r][v]);
+#pragma GCC unroll 8
+            for (int64_t v = 0; v < V; ++v) acc[r][v] = F::outer_product(factor, lanes[v], acc[r][v]);
         }
+    }
     if (k < depth)
         for (int64_t r = 0; r < R; ++r)
             for (int64_t v = 0; v < V; ++v)
-                acc[r][v] = F::outer_product(
-                    F::broadcast_part(a + r * lda + k), load<typename F::Lanes>(b + v * W * F::GROUP), acc[r][v]
-                );
+                acc[r][v] = F::outer_product(F::broadcast_part(a + r * lda + k), read(k, v), acc[r][v]);
     for (int64_t r = 0; r < R; ++r)
         for (int64_t v = 0; v < V; ++v) store(out + r * ldo + v * W, acc[r][v]);
+}
+
+// b is packed as [k / GROUP][c][GROUP], with `ldb` elements from one group to the next.
+template <typename F, int64_t R, int64_t V, bool ADD = true>
+void outer(
+    float* out, int64_t ldo, const typename F::Packed* a, int64_t lda, const typename F::Packed* b, int64_t ldb,
+    int64_t depth
+) {
+    outer_with<F, R, V, ADD>(out, ldo, a, lda, depth, [&](int64_t k, int64_t v) {
+        return load<typename F::Lanes>(b + k / F::GROUP * ldb + v * W * F::GROUP);
+    });
 }
 
 // ---- columns --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
-from expecttest import assert_expected_inline
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from llmcomp.codegen.build import Cache, Compiler, find_compiler
