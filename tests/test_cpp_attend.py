@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+from expecttest import assert_expected_inline
 
 from llmcomp.codegen.build import Cache, Compiler, find_compiler
 from llmcomp.codegen.cpp_attend import render_attend
@@ -224,3 +225,69 @@ def test_portable_twins(tmp_path: Path, machine: str) -> None:
     for case in cases:
         for queries, keys in ((1, 300), (5, 70), (40, 70)):
             check(library, case, 1, queries, keys, threads=2)
+
+
+def test_text_of_an_attend() -> None:
+    assert_expected_inline(
+        render_attend(kernel(BY_NAME["soft_cap"])).text,
+        """\
+#include "attend.h"
+
+static void soft_cap_part(
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* sinks,
+    float* out,
+    int64_t n0,
+    int64_t n1,
+    int64_t n2,
+    const attend::Attention<float, float, 1, 80, 48, true>& attention,
+    char* memory,
+    int64_t team,
+    int64_t* status
+) {
+    const auto key_start = [&](int64_t i) -> int64_t { return 0; };
+    const auto key_end = [&](int64_t i) -> int64_t { return n2; };
+    const auto judge = [&](float* scores, int64_t b, int64_t h, int64_t i, int64_t first, int64_t stop) {
+        #pragma omp simd
+        for (int64_t j = first; j < stop; ++j) {
+            const float score = scores[j - first];
+            const float small = score / 2.0f;
+            const float bounded = op::tanh(small);
+            const float capped = bounded * 2.0f;
+            scores[-first + j] = capped;
+        }
+    };
+    const auto sink = [&](int64_t h) -> float { return sinks[h]; };
+    attention.run(memory, team, key_start, key_end, judge, sink);
+}
+
+extern "C" void soft_cap(
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* sinks,
+    float* out,
+    int64_t n0,
+    int64_t n1,
+    int64_t n2,
+    int64_t threads,
+    int64_t* status
+) {
+    const attend::Attention<float, float, 1, 80, 48, true> attention = {
+        n0, 2, n1, n2,
+        {q, 160 * n1, 80 * n1, 80, 1},
+        {k, 160 * n2, 80 * n2, 80, 1},
+        {v, 96 * n2, 48 * n2, 48, 1},
+        {out, 96 * n1, 48, 96, 1},
+        0.1118034f,
+    };
+    const int64_t team = op::team(threads, attention.items(), attention.effort());
+    const work::Memory memory(attention.bytes(team));
+    if (team == 1) return soft_cap_part(q, k, v, sinks, out, n0, n1, n2, attention, memory.aligned(), team, status);
+    #pragma omp parallel num_threads(team)
+    soft_cap_part(q, k, v, sinks, out, n0, n1, n2, attention, memory.aligned(), team, status);
+}
+""",
+    )

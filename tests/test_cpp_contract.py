@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+from expecttest import assert_expected_inline
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from llmcomp.codegen.build import Cache, Compiler, find_compiler
@@ -421,3 +422,92 @@ def test_portable_twins(tmp_path: Path, machine: str) -> None:
         for rows in (1, 2, 4, 9, 40):
             shapes = [(rows, 77), (37, 77), (37,), (rows, 37), (rows, 37)]
             check(library, kernel, tensors(kernel, shapes), (rows, 37, 77))
+
+
+def test_text_of_a_contract() -> None:
+    assert_expected_inline(
+        render_contract(gated(BF16, False)).text,
+        """\
+#include "contract.h"
+
+static void gated_nk_bf16_part(
+    const bf16* x,
+    const bf16* weight,
+    float* out,
+    int64_t n0,
+    int64_t n1,
+    int64_t n2,
+    char* memory,
+    int64_t team,
+    int64_t* status
+) {
+    const int64_t rows = n0, depth = n2;
+    contract::Operand<bf16, bf16> operand(memory, rows, depth, team);
+    for (int64_t block = 0; block < rows; block += contract::BLOCK) {
+        const int64_t stop_row = op::minimum(block + contract::BLOCK, rows);
+        const op::Share packing = operand.start(stop_row - block);
+        float* const line = operand.line;
+        for (int64_t row = packing.first; row < packing.last; ++row) {
+            const int64_t m = block + row;
+            #pragma omp simd
+            for (int64_t k = 0; k < n2; ++k) {
+                const float x0 = x[k + m * n2];
+                line[k] = x0;
+            }
+            operand.pack(row);
+        }
+        operand.finish();
+        contract::Tiles tiles = {operand.member.share(64 * ((n1 + 31) / 32))};
+        {
+            const op::Share share = tiles.next((n1 + 31) / 32, 64);
+            for (int64_t piece = share.first; piece < share.last; ++piece) {
+                const int64_t first = 32 * piece;
+                const int64_t stop = op::minimum<int64_t>(n1, first + 32);
+                const bf16* const gate_weight = weight + first * n2;
+                const bf16* const up_weight = weight + first * n2 + n1 * n2;
+                for (int64_t panel = 0; panel < operand.count; panel += operand.PANEL) {
+                    alignas(64) float gate_tile[operand.PANEL * 32];
+                    alignas(64) float up_tile[operand.PANEL * 32];
+                    operand.multiply(panel, gate_tile, 32, gate_weight, n2, stop - first, up_weight);
+                    operand.multiply(panel, up_tile, 32, up_weight, n2, stop - first, gate_weight + 32 * n2);
+                    for (int64_t row = 0; row < op::minimum(operand.PANEL, operand.count - panel); ++row) {
+                        const int64_t m = block + panel + row;
+                        const float* const gate_row = gate_tile + row * 32;
+                        const float* const up_row = up_tile + row * 32;
+                        #pragma omp simd
+                        for (int64_t n = first; n < stop; ++n) {
+                            const float gate = gate_row[n - first];
+                            const float up = up_row[n - first];
+                            const float sigma = op::sigmoid(gate);
+                            const float silu = gate * sigma;
+                            const float product = silu * up;
+                            out[m * n1 + n] = product;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+extern "C" void gated_nk_bf16(
+    const bf16* x,
+    const bf16* weight,
+    float* out,
+    int64_t n0,
+    int64_t n1,
+    int64_t n2,
+    int64_t threads,
+    int64_t* status
+) {
+    const int64_t rows = n0, depth = n2;
+    const int64_t columns = 2 * n1;  // of all weights
+    if (rows <= 0 || columns <= 0) return;
+    const int64_t team = op::team(threads, (columns + 31) / 32, rows * depth * columns);
+    const work::Memory memory(contract::Operand<bf16, bf16>::bytes(rows, depth, team));
+    if (team == 1) return gated_nk_bf16_part(x, weight, out, n0, n1, n2, memory.aligned(), team, status);
+    #pragma omp parallel num_threads(team)
+    gated_nk_bf16_part(x, weight, out, n0, n1, n2, memory.aligned(), team, status);
+}
+""",
+    )
