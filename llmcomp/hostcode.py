@@ -333,8 +333,7 @@ class HostWriter:
         self.line(f'sizes = array("q", ({values}{"," if values else ""}))')
         arena = "arena.data_ptr()" if self.storage.arena.offsets else "0"
         self.line(
-            f"check_status(plan_{number}(kernels, pointers.buffer_info()[0], "
-            f"sizes.buffer_info()[0], {arena}, threads))"
+            f"check_status(plan_{number}(kernels, pointers.buffer_info()[0], sizes.buffer_info()[0], {arena}, threads))"
         )
 
     def bind_plans(self, built: Sequence[Built], cache: Cache) -> None:

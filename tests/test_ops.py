@@ -45,9 +45,7 @@ half = torch.bfloat16
 SAMPLES = {
     "linear": Sample(ops.linear.default, (normal(2, 3, 8), normal(5, 8), normal(5), False)),
     "linear_kn": Sample(ops.linear.default, (normal(3, 8), normal(8, 5), None, True)),
-    "linear_vector": Sample(
-        ops.linear.default, (normal(8, dtype=half), normal(5, 8, dtype=half), None, False)
-    ),
+    "linear_vector": Sample(ops.linear.default, (normal(8, dtype=half), normal(5, 8, dtype=half), None, False)),
     "grouped_linear": Sample(
         ops.grouped_linear.default, (normal(6, 8), normal(3, 5, 8), torch.tensor([2, 2, 6]), False)
     ),
@@ -95,11 +93,7 @@ def test_operator_is_well_formed(name: str) -> None:
 
 
 def test_every_operator_has_a_sample() -> None:
-    names = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if "llmcomp::" in name
-    }
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "llmcomp::" in name}
     assert names == {str(s.op).split(".")[1] for s in SAMPLES.values()}
 
 
@@ -188,9 +182,7 @@ def test_grouped_linear_gives_each_expert_its_rows() -> None:
     torch.testing.assert_close(out[:2], x[:2] @ weight[1].t())
     torch.testing.assert_close(out[2:5], x[2:5] @ weight[2].t())
     assert out[5].eq(0).all()
-    torch.testing.assert_close(
-        grouped_linear(x, weight.transpose(1, 2), torch.tensor([0, 2, 5, 5]), True), out
-    )
+    torch.testing.assert_close(grouped_linear(x, weight.transpose(1, 2), torch.tensor([0, 2, 5, 5]), True), out)
 
 
 def qkv(queries: int = 4, keys: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,9 +195,7 @@ def test_attention_is_that_of_torch() -> None:
     for given in (mask, mask > -0.5):
         expected = F.scaled_dot_product_attention(q, k, v, given, scale=0.3, enable_gqa=True)
         torch.testing.assert_close(attention(q, k, v, given, None, 0.3, False), expected)
-    expected = F.scaled_dot_product_attention(
-        q, k[:, :, :4], v[:, :, :4], is_causal=True, scale=0.3, enable_gqa=True
-    )
+    expected = F.scaled_dot_product_attention(q, k[:, :, :4], v[:, :, :4], is_causal=True, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attention(q, k[:, :, :4], v[:, :, :4], None, None, 0.3, True), expected)
 
 

@@ -37,7 +37,9 @@ def layer(gm: torch.fx.GraphModule) -> list[str]:
     lowerer = Lowerer()
     run_passes(gm, pipeline(Target("cpp", "cpu"), lowerer.fits), frozenset({SHAPES}))
     found = read_partition(gm.graph)
-    launches = [f"{r.family} {lowerer.lower(r, found.inlined).kernel.name}" for r in found.regions if r.family != "extern"]
+    launches = [
+        f"{r.family} {lowerer.lower(r, found.inlined).kernel.name}" for r in found.regions if r.family != "extern"
+    ]
     first, second = [i for i, text in enumerate(launches) if text.startswith("attend")][:2]
     # The position of the cache and the mask of the other layers, which all layers share, run beside the layer.
     return [text for text in launches[first:second] if text not in ("map add", "map add_copy", "map le_where")]
