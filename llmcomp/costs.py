@@ -31,7 +31,7 @@ def flops(node: Node) -> int:
         return 2 * prod(_shape(node)) * _shape(first)[-1]
     if node.target in (ops.attention.default, aten.scaled_dot_product_attention.default):
         q, k, v = (a for a in node.args[:3] if isinstance(a, Node))
-        return 2 * prod(_shape(q)[:3]) * _shape(k)[2] * (_shape(q)[3] + _shape(v)[3])
+        return 2 * prod(_shape(node)[:-1]) * _shape(k)[-2] * (_shape(q)[-1] + _shape(v)[-1])
     return prod(_shape(node))
 
 
