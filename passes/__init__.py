@@ -12,6 +12,7 @@ from llmcomp.passes.partition import partition
 from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
 from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
 from llmcomp.passes.recognize_cache import RECOGNIZE_CACHE
+from llmcomp.passes.recognize_experts import RECOGNIZE_EXPERTS
 from llmcomp.passes.recognize_gated import RECOGNIZE_GATED
 from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
 from llmcomp.passes.recognize_norm import RECOGNIZE_NORM
@@ -26,6 +27,7 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
     return (
         RECOGNIZE_CACHE,  # index_copy and copy_ of static caches -> cache_write_, in place
         RECOGNIZE_LINEAR,  # linear, addmm and mm of views -> llmcomp.linear
+        RECOGNIZE_EXPERTS,  # grouped products of experts -> grouped_linear
         CANONICALIZE,  # one spelling per operator, no-ops gone
         SHARE,  # what is computed twice is computed once
         RECOGNIZE_NORM,  # chains of mean, rsqrt and mul -> rms_norm, layer_norm
