@@ -29,7 +29,7 @@ from llmcomp.region import Region, Unfit
 def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     """Reductions along the trailing dimensions; outputs are whole rows or one value per row."""
     inside = members(region, inlined)
-    extent, count = _row(region)
+    extent = _row(region)
     full = [o for o in region.outputs if _ends_in(fake(destination(o)[1]), extent)]
     reference = fake(destination(full[0])[1]) if full else fake(destination(region.outputs[0])[1])
     rank = reference.dim() - (_trailing(reference, extent) if full else 0)
@@ -57,8 +57,8 @@ def lower_rows(region: Region, inlined: Set[Node]) -> Lowered:
     return finish(p, lambda buffers, symbols: K.Rows(kernel_name(region), buffers, symbols, axes, row_axis, body_of(p)))
 
 
-def _row(region: Region) -> tuple[sympy.Expr, int]:
-    """Number of elements along the reductions of a region, and of dimensions."""
+def _row(region: Region) -> sympy.Expr:
+    """Number of elements along the reductions of a region."""
     for node in filter(is_reduction, region.nodes):
         source = node.args[0]
         if isinstance(source, Node) and source.target in TUPLES:
@@ -68,7 +68,7 @@ def _row(region: Region) -> tuple[sympy.Expr, int]:
         shape = sizes(fake(source).shape)
         if along and along != tuple(range(len(shape) - len(along), len(shape))):
             raise Unfit(f"{node.name} reduces leading dimensions")
-        return sympy.expand(sympy.Mul(*(shape[d] for d in along))), len(along)
+        return sympy.expand(sympy.Mul(*(shape[d] for d in along)))
     raise Unfit("no reduction")
 
 

@@ -215,7 +215,7 @@ class Puller:
             return special(self, node, index)
         raise Unfit(f"no rule for {node.target}")
 
-    def argument(self, arg: object, index: Index, out_rank: int, stem: str) -> Argument:
+    def argument(self, arg: object, index: Index, stem: str) -> Argument:
         """An operand of a pointwise operator at the output index, broadcast."""
         if isinstance(arg, Node):
             value = arg.meta["val"]
@@ -229,10 +229,7 @@ class Puller:
     def _pointwise(self, node: Node, rule: Pointwise, index: Index) -> Argument:
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
         operands = list(zip(names, node.args, strict=False)) + list(node.kwargs.items())
-        values = [
-            (n, a if a is None or isinstance(a, str) else self.argument(a, index, len(index), _stem(n)))
-            for n, a in operands
-        ]
+        values = [(n, a if a is None or isinstance(a, str) else self.argument(a, index, _stem(n))) for n, a in operands]
         promoting = [
             _dtype_witness(a) for n, a in operands if n not in ("alpha", "beta", "condition", "mask", "approximate")
         ]
