@@ -125,11 +125,9 @@ class Cache:
         except OSError as error:
             reason = error.strerror
         overflow = overflow_folder()
-        warnings.warn(
+        _warn_once(
             f"llmcomp cannot write to {self.root} ({reason}): generated kernels go to {overflow}. "
-            "Set LLMCOMP_CACHE to a folder that you can write.",
-            RuntimeWarning,
-            stacklevel=2,
+            "Set LLMCOMP_CACHE to a folder that you can write."
         )
         try:
             return _write(overflow, filename, data)
@@ -138,6 +136,12 @@ class Cache:
                 f"expected a folder for generated kernels, but neither {self.root} ({reason}) nor {overflow} "
                 f"({error.strerror}) can be written. Set LLMCOMP_CACHE to a folder with free space."
             ) from error
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Every file of a cache would say the same."""
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def overflow_folder() -> Path:
@@ -412,7 +416,8 @@ def _compile(source: Source, source_path: Path, compiler: Compiler) -> bytes:
         library = folder / "kernel.so"
         done = _run(compile_command(compiler.command, compiler.flags, source_path, library))
         if done.returncode != 0 or not library.exists():
-            raise BuildError(_failure(source, source_path, compiler, done.stderr))
+            says = done.stderr or f"exit status {done.returncode}, and not a word from the compiler"
+            raise BuildError(_failure(source, source_path, compiler, says))
         return library.read_bytes()
 
 

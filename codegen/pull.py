@@ -209,6 +209,8 @@ class Puller:
             return self.special[node](self, node, index)
         if not self.inside(node):
             return self.load(node, index, stem)
+        if fake(node).dtype not in LOADABLE:
+            raise Unfit(f"{node.name} has dtype {fake(node).dtype}")
         if (rule := table().get(node.target)) is not None:  # type: ignore[call-overload]
             return self._pointwise(node, rule, index)
         if (special := self.rules.get(node.target)) is not None:
