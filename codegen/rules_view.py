@@ -324,6 +324,44 @@ def flip(p: Puller, node: Node, index: Index) -> Argument:
     )
 
 
+def slice_scatter(p: Puller, node: Node, index: Index) -> Argument:
+    """The source inside of [start, end) along one dimension, what was there before outside."""
+    before, update = node.args[:2]
+    assert isinstance(before, Node) and isinstance(update, Node)
+    args = dict(zip(("dim", "start", "end", "step"), (*node.args[2:], *[None] * 4), strict=False)) | dict(node.kwargs)
+    if args["step"] not in (None, 1):
+        raise Unfit("slice_scatter with a step")
+    dim = int(args["dim"] or 0) % len(index)  # type: ignore[arg-type]
+    start = ZERO if args["start"] is None else _from_start(_extent(args["start"]), size(fake(before).shape[dim]))
+    moved = (*index[:dim], sympy.expand(index[dim] - start), *index[dim + 1 :])
+    return _updated(p, node, index, dim, start, size(fake(update).shape[dim]), update, moved)
+
+
+def select_scatter(p: Puller, node: Node, index: Index) -> Argument:
+    """The source at one position along a dimension, what was there before elsewhere."""
+    before, update = node.args[:2]
+    assert isinstance(before, Node) and isinstance(update, Node)
+    dim = int(node.args[2]) % len(index)  # type: ignore[arg-type]
+    start = _from_start(_extent(node.args[3]), size(fake(before).shape[dim]))
+    return _updated(p, node, index, dim, start, sympy.Integer(1), update, (*index[:dim], *index[dim + 1 :]))
+
+
+def _updated(
+    p: Puller, node: Node, index: Index, dim: int, start: sympy.Expr, count: sympy.Expr, update: Node, moved: Index
+) -> Argument:
+    """`update` at `moved` where start <= index[dim] < start + count, else the first input of `node`."""
+    at, end = index[dim], start + count
+    first, last = p.space.at_least(at, start), p.space.below(at, end)
+    if first and last:
+        return p.at(update, moved)
+    if p.space.below(at, start) or p.space.at_least(at, end):
+        return p.at(_source(node), index)
+    inside = _between(p, at, start, end, first, last)
+    return _choose(
+        p, inside, _masked(p, inside, lambda: p.at(update, moved)), p.at(_source(node), index), fake(node).dtype
+    )
+
+
 def repeat(p: Puller, node: Node, index: Index) -> Argument:
     source = _source(node)
     shape = fake(source).shape
@@ -381,5 +419,7 @@ def view_rules() -> Mapping[object, Rule]:
         aten.triu.default: triangle("ge"),
         aten.flip.default: flip,
         aten.repeat.default: repeat,
+        aten.slice_scatter.default: slice_scatter,
+        aten.select_scatter.default: select_scatter,
     }
     return rules

@@ -11,6 +11,7 @@ from llmcomp.passes.groups import Fits, Library
 from llmcomp.passes.partition import partition
 from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
 from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
+from llmcomp.passes.recognize_bmm import recognize_bmm
 from llmcomp.passes.recognize_cache import RECOGNIZE_CACHE
 from llmcomp.passes.recognize_experts import RECOGNIZE_EXPERTS
 from llmcomp.passes.recognize_gated import RECOGNIZE_GATED
@@ -35,6 +36,7 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
         RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
         RECOGNIZE_GATED,  # act(gate) * up -> gated
         RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        recognize_bmm(library),  # products of batches of matrices -> grouped_linear
         CANONICALIZE,  # copies that only the old forms needed
         fuse_siblings(fits, library),  # q, k and v; gate and up: one kernel reads the operand once
         fuse_epilogue(fits),  # bias, residual, activation, rotary embedding, cache write
@@ -43,15 +45,16 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
     )
 
 
-def rows(linear: Node) -> int:
-    """Rows of the operand of a linear layer in the call that was traced."""
-    operand = linear.args[0]
+def rows(product: Node) -> int:
+    """Rows that meet one matrix in a linear layer or a batched product, in the call that was traced."""
+    operand = product.args[0]
     assert isinstance(operand, Node)
-    return volume(operand.meta["val"].shape[:-1])
+    batched = product.target is torch.ops.aten.bmm.default
+    return volume(operand.meta["val"].shape[1 if batched else 0 : -1])
 
 
 def _left_to_library(target: Target) -> Library:
-    """Whether a linear layer is a matrix product that the CPU's library does at the speed of the arithmetic.
+    """Whether a linear layer or a batched product is one that the CPU's library does at the speed of the arithmetic.
 
     Few rows are bound by reading the weight, where a kernel of ours can fuse what comes before and after.
     """

@@ -222,9 +222,14 @@ def _is_effect(node: Node) -> bool:
 
 def _inlines(node: Node) -> bool:
     """Views and constants are recomputed by whoever reads them; so are shallow functions of positions alone."""
-    if node.op != "call_function":
+    if node.op != "call_function" or _is_offset_table(node):
         return False
     return is_view(node) or node.target in TUPLES or _is_position(node, 4)
+
+
+def _is_offset_table(node: Node) -> bool:
+    """Whether a kernel looks up in this node which rows belong to which matrix, so that it must lie in memory."""
+    return any(u.target is torch.ops.llmcomp.grouped_linear.default and u.args[2] is node for u in node.users)
 
 
 def _is_constant(node: Node) -> bool:

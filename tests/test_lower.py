@@ -227,3 +227,41 @@ def test_alike_layers_are_lowered_once() -> None:
 )
 def test_what_has_no_rule_is_an_eager_call(fn: Callable[[Tensor], Tensor]) -> None:
     assert any(k.startswith("aten.") for k in kernels(fn, torch.randn(4, 4)))
+
+
+def test_what_is_scattered_into_a_slice_is_chosen_by_position() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        return torch.slice_scatter(x, y, 1, 2, 4) * 2
+
+    (text,) = kernels(fn, torch.randn(3, 6), torch.randn(3, 2))
+    assert_expected_inline(
+        text,
+        """\
+map slice_scatter_mul(out_ptr: float32 out, x_ptr: float32, x_ptr_1: float32)
+  for i0 < 3, i1 < 6
+    at = i1
+    ge = ge(at, 2)
+    lt = lt(at, 4)
+    logical_and = logical_and(ge, lt)
+    x = x_ptr[2*i0 + i1 - 2] if logical_and
+    x_1 = x_ptr_1[6*i0 + i1]
+    where = where(logical_and, x, x_1)
+    mul = mul(where, 2.0)
+    out_ptr[6*i0 + i1] = mul
+""",
+    )
+
+
+def test_scatters_into_slices_equal_eager() -> None:
+    def fn(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        part = torch.slice_scatter(x, y, 1, 2, 4)
+        one = torch.select_scatter(part, z, 0, -1)
+        return one * 2, torch.slice_scatter(x, x[:, 1:] + 1, 1, 1), torch.select_scatter(x, z, 0, 0)[1:] + 1
+
+    inputs = torch.randn(3, 6), torch.randn(3, 2), torch.randn(6)
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(fn, backend="llmcomp", dynamic=dynamic)
+        for ours, eager in zip(compiled(*inputs), fn(*inputs), strict=True):
+            torch.testing.assert_close(ours, eager)
+    assert not [k for k in kernels(fn, *inputs) if k.startswith("aten.")]
