@@ -268,8 +268,16 @@ def _section(
         for point in points:
             position = (*(a.symbol for a in axes[:-1]), point)
             write(p, columns.trace.output, _output_index(p, columns, segment, position, rows))
+    for node, row in accumulators:
+        if axes and not _evenly_spaced(row, axes[-1].symbol):
+            raise Unfit(f"{node.name} is read at columns that are not evenly spaced")
     section_axes = axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),)
     return p, K.Section(section_axes, tuple(accumulators.values()), tuple(p.statements))
+
+
+def _evenly_spaced(row: sympy.Expr, symbol: sympy.Symbol) -> bool:
+    """Whether an expression grows by the same amount whenever `symbol` grows by 1."""
+    return not sympy.expand(row.subs(symbol, symbol + 1) - row).has(symbol)
 
 
 def _output_index(
