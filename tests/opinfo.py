@@ -193,8 +193,8 @@ def judge_runs(ours: Ran, eager: Ran, values: bool = True) -> tuple[str, str]:
 
 def is_random(function: Callable[..., Any], sample: Sample, eager: Ran) -> bool:
     """Whether another seed gives another result, or the operator returns memory as it finds it."""
-    found = "empty" in getattr(function, "__name__", "")
-    return found or bool(compare(execute(function, sample, seed=1), eager))
+    called = (getattr(function, "__name__", ""), *getattr(getattr(function, "__code__", None), "co_names", ()))
+    return any("empty" in name for name in called) or bool(compare(execute(function, sample, seed=1), eager))
 
 
 def judge_errors(ours: Ran, eager: Ran) -> tuple[str, str]:
