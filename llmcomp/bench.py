@@ -3,6 +3,7 @@
     python -m llmcomp.bench                                          Llama-3.2-1B's dimensions, random weights
     python -m llmcomp.bench --model tiny --peers eager,llmcomp --json out.json
     python -m llmcomp.bench --config Qwen3Config --set num_hidden_layers=8 --dtype float32
+    python -m llmcomp.bench --overhead                               what a call costs beside its kernels
 
 Every peer is a process of its own, started twice: with empty caches (cold) and with those that this left
 (warm). The warm ones stay, and are measured in turns: A B C A B C. What is printed is the median of the rounds.
@@ -25,6 +26,7 @@ from typing import Any
 
 from llmcomp.bench_machine import Bandwidth, describe, free_memory
 from llmcomp.bench_model import MODELS, Setup
+from llmcomp.bench_overhead import measure_overhead
 from llmcomp.bench_peer import MARK, PEERS
 
 DEFAULT_PEERS = "eager,inductor,inductor-freezing,llmcomp"
@@ -211,7 +213,7 @@ def setting(text: str) -> tuple[str, object]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama-3.2-1b", help="dimensions of a Llama")
+    parser.add_argument("--model", choices=MODELS, help="dimensions of a Llama; llama-3.2-1b by default")
     parser.add_argument("--config", default="LlamaConfig", help="a config class of transformers")
     parser.add_argument("--set", type=setting, nargs="*", default=[], help="attributes of the config")
     parser.add_argument("--vocab", type=int, help="size of the vocabulary")
@@ -223,6 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--new", type=int, default=33, help="tokens that a decoding run generates")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--overhead", action="store_true", help="measure only what a call costs beside its kernels")
     parser.add_argument("--no-cold", action="store_true", help="leave out the runs with empty caches")
     parser.add_argument("--json", type=Path, help="where to write every number")
     return parser.parse_args(arguments)
@@ -230,7 +233,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def setup_of(args: argparse.Namespace) -> Setup:
     """The model that the command line asks for: a Llama's dimensions, or a config class with its defaults."""
-    dimensions = MODELS[args.model] if args.config == "LlamaConfig" else {}
+    model = args.model or ("narrow" if args.overhead else "llama-3.2-1b")
+    dimensions = MODELS[model] if args.config == "LlamaConfig" else {}
     settings = {**dimensions, **dict(args.set)}
     if args.vocab is not None:
         settings["vocab_size"] = args.vocab
@@ -251,6 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(names) - set(PEERS):
         raise SystemExit(f"expected peers of {', '.join(PEERS)}, found {', '.join(sorted(unknown))}")
     setup = setup_of(args)
+    if args.overhead:
+        print(f"{describe('cpu', setup.threads)}\n{measure_overhead(setup)}")
+        return
     work = loads([int(b) for b in args.batch.split(",")], args.prefill, args.new)
     machine = describe(setup.device, setup.threads)
     results, speeds = measure(names, setup, work, args.rounds, not args.no_cold)

@@ -11,6 +11,14 @@ import transformers
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+NARROW = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TINY = {
     "vocab_size": 1000,
     "hidden_size": 256,
@@ -31,7 +39,7 @@ LLAMA_1B = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
-MODELS: dict[str, dict[str, object]] = {"tiny": dict(TINY), "llama-3.2-1b": dict(LLAMA_1B)}
+MODELS: dict[str, dict[str, object]] = {"narrow": dict(NARROW), "tiny": dict(TINY), "llama-3.2-1b": dict(LLAMA_1B)}
 
 # Random numbers are slow to draw by the billion: one stretch of them is repeated, of a prime length, so that
 # no two rows of a weight are equal.

@@ -24,6 +24,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
+from llmcomp import headroom
 from llmcomp.arena import Arena, Lifetime, plan_arena
 from llmcomp.codegen.build import Built, Cache, Source, build
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
@@ -345,10 +346,7 @@ class HostWriter:
         (library,) = build([Source(self.plans[0].name, "cpp", text)], cache)
         functions = ctypes.CDLL(str(library.path))
         for plan in self.plans:
-            function = functions[plan.name]
-            function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
-            function.restype = ctypes.c_int64
-            self.namespace[plan.name] = function
+            self.namespace[plan.name] = plan_function(functions, plan.name)
         addresses = (ctypes.c_void_p * len(built))(*(b.function() for b in built))
         self.namespace["addresses"] = addresses  # kept alive
         self.namespace["kernels"] = ctypes.addressof(addresses)
@@ -397,6 +395,14 @@ class HostWriter:
         return self.namespace["call"], text
 
 
+def plan_function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    """A printed C function (`codegen/cpp_plan.py`) of a loaded library."""
+    function = library[name]
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
+    function.restype = ctypes.c_int64
+    return function
+
+
 def _attribute(gm: GraphModule, path: str) -> Any:
     value: Any = gm
     for part in path.split("."):
@@ -405,10 +411,11 @@ def _attribute(gm: GraphModule, path: str) -> Any:
 
 
 def eager(node: Node) -> Callable[..., Any] | None:
-    """The eager function of one of our operators where a plain ATen call is cheaper than its reference."""
-    if node.target is torch.ops.llmcomp.linear.default:
+    """The function that a program calls for one of our operators in place of its reference, if there is one."""
+    ops = torch.ops.llmcomp
+    if node.target is ops.linear.default:
         return _library_matrix if node.args[3] else _library_linear
-    return None
+    return {ops.cache_grow.default: headroom.grow, ops.cache_room.default: headroom.room}.get(node.target)  # type: ignore[call-overload, no-any-return]
 
 
 def _library_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kn: bool) -> torch.Tensor:

@@ -55,12 +55,12 @@ class Executable:
     """A compiled graph: flat inputs in, the tuple of flat outputs out. Safe to call from several threads."""
 
     def __init__(self, run: Callable[..., tuple[Any, ...]], source: str, report: ProgramReport) -> None:
-        self._run = run
+        self.run = run
         self.source = source
         self.report = report
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        return self._run(*inputs)
+        return self.run(*inputs)
 
 
 def compile_program(gm: GraphModule, lowerer: Lowerer, options: Options, target: Target) -> Executable:

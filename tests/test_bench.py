@@ -9,6 +9,7 @@ import torch
 from llmcomp.bench import Load, Measured, main, parse, rate, setting, setup_of, table
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
+from llmcomp.bench_overhead import decoding_step, measure_overhead, without_kernels
 
 SMALL = {
     "vocab_size": 64,
@@ -72,3 +73,22 @@ def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(found["bandwidth"]) == 2 and len(found["peers"]["llmcomp"]["rates"]["decode b1"]) == 2
     assert found["peers"]["llmcomp"]["tokens"] == found["peers"]["eager"]["tokens"]
     assert "| llmcomp |" in capfd.readouterr().out
+
+
+def test_overhead() -> None:
+    setup = setup_of(parse(["--overhead", "--threads", "1", "--set", "num_hidden_layers=1"]))
+    assert (setup.settings["hidden_size"], setup.settings["num_hidden_layers"]) == (32, 1)
+    found = measure_overhead(setup, rounds=2)
+    assert 0 < found.host < 1 and found.kernels > 5 and found.inputs > 10
+    assert str(found).startswith(f"one decoding step, {found.kernels} kernels, {found.inputs} inputs: ")
+
+
+def test_the_overhead_is_that_of_everything_but_kernels() -> None:
+    program, inputs = decoding_step(setup_of(parse(["--overhead", "--set", "num_hidden_layers=1"])))
+    idle = without_kernels(program)
+    with torch.no_grad():
+        before = [x.clone() for x in inputs]
+        idle(*inputs)
+        assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "a kernel ran"
+        program(*inputs)
+        assert not all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "the cache is written"
