@@ -262,6 +262,21 @@ class Attend:
 Kernel = Map | Rows | Contract | Attend
 
 
+def bodies(kernel: Kernel) -> tuple[Body, ...]:
+    """All bodies of a kernel."""
+    match kernel:
+        case Contract():
+            return (kernel.operand, *(s.epilogue for s in kernel.sections))
+        case Attend():
+            return (kernel.score,)
+    return (kernel.body,)
+
+
+def checks(kernel: Kernel) -> bool:
+    """Whether a kernel may find an index out of range, and so wants a status word."""
+    return any(isinstance(s, Check) for body in bodies(kernel) for s in body)
+
+
 @dataclass(frozen=True)
 class Phase:
     """One loop along the inner axis of a row: `body` ends in at most one layer of reductions or in stores.

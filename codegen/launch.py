@@ -13,23 +13,30 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes, warps and pipeline stages of a launch; `form` is the function where a file has several."""
+    """Block sizes, warps and pipeline stages of a launch; `form` is the function where a file has several.
+
+    `registers` is what a thread may use. 0 leaves it to the assembler, which spills some to memory where one
+    more block would then find room on a multiprocessor.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     warps: int = 4
     stages: int = 1
     form: str = ""
+    registers: int = 0
 
     def __getitem__(self, block: str) -> int:
         return dict(self.blocks)[block]
 
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch. Fused multiply-adds are named: Triton's default changes."""
+        limit = {"maxnreg": self.registers} if self.registers and torch.version.hip is None else {}
         return {
             **dict(self.blocks),
             "num_warps": self.warps,
             "num_stages": self.stages,
             "enable_fp_fusion": True,
+            **limit,
         }
 
 
@@ -171,29 +178,36 @@ def gemv_configs(shape: Product) -> tuple[Config, ...]:
 
 def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
     block_n = shape.width or block_n
-    block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(32, _divisor(shape.depth, 32))
+    block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(block_k, 32)
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
     return Config(blocks, warps, stages, "dot")
 
 
 def _fits(config: Config, shape: Product) -> bool:
-    """Whether the accumulators fit in registers and the pipeline in 160 KiB of shared memory."""
+    """Whether the accumulators fit in registers and the pipeline in 160 KiB of shared memory.
+
+    float32 is multiplied without tensor cores: a thread holds a row of its operands along the depth as well.
+    """
     accumulators = config["BLOCK_M"] * config["BLOCK_N"] * shape.parts
+    most = 128 if shape.bytes < 4 else 512 // config["BLOCK_K"]
     columns = config["BLOCK_M"] + config["BLOCK_N"] * shape.parts
     stage = columns * config["BLOCK_K"] * shape.bytes
-    return accumulators <= 128 * 32 * config.warps and stage * config.stages <= 160 * 1024
+    return accumulators <= most * 32 * config.warps and stage * config.stages <= 160 * 1024
 
 
 def dot_config(shape: Product) -> Config:
     """For more rows: the tile grows with the rows, as far as the accumulators fit."""
     rows = -(-shape.rows // shape.experts)
-    if rows <= 16:
+    if shape.bytes > 2:
+        large = [_dot(shape, 64, 64, 32, 8, 2), _dot(shape, 64, 64, 16, 8, 2)]
+        guesses = [*(large if rows > 64 else []), _dot(shape, 16 if rows <= 16 else 32, 32, 32, 8, 2)]
+    elif rows <= 16:
         guesses = [_dot(shape, 16, 32, 128, 4, 4)]
     elif rows <= 64:
         guesses = [_dot(shape, power(rows), 64, 64, 4, 4), _dot(shape, 32, 32, 64, 4, 3)]
     else:
         guesses = [_dot(shape, 128, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
-    smaller = [_dot(shape, 32, 32, 64, 8, 2), _dot(shape, 16, 16, 64, 8, 2)]
+    smaller = [_dot(shape, 32, 32, 64, 8, 2), _dot(shape, 16, 16, 64, 8, 2), _dot(shape, 16, 16, 16, 8, 2)]
     return next(c for c in [*guesses, *smaller] if _fits(c, shape) or c == smaller[-1])
 
 

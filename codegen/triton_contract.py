@@ -9,7 +9,7 @@ Both: the sections of columns are ranges of program numbers. The prologue is com
 expert. A section with a reduction along its last axis (a norm within a head) gives a program that axis whole.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -58,8 +58,10 @@ from llmcomp.codegen.triton_file import (
     file_head,
     flatten,
     flattened,
+    host_text,
     jit_function,
     launcher,
+    unpack,
 )
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
@@ -173,11 +175,11 @@ def whole_axis(section: Section) -> int:
     return max(MINIMUM_DOT, 1 << (size - 1).bit_length())
 
 
-def programs(section: Section, block: str) -> str:
-    """The number of programs of a section, as Python and as Triton text."""
+def programs(section: Section, block: str, text: Callable[[sympy.Expr], str] = indexed) -> str:
+    """The number of programs of a section, in a kernel or (with `host_text`) in its launcher."""
     if whole_axis(section):
-        return indexed(count(section.axes[:-1]))
-    return f"({indexed(count(section.axes))} + {block} - 1) // {block}"
+        return text(count(section.axes[:-1]))
+    return f"({text(count(section.axes))} + {block} - 1) // {block}"
 
 
 # ---- the kernel ---------------------------------------------------------------------------------------
@@ -444,8 +446,10 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
 def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
     config_functions(w, forms, f"shape.rows <= {GEMV_ROWS} * shape.experts")
     with launcher(w, LAUNCH):
+        if any(count(s.axes).free_symbols for s in kernel.sections):
+            unpack(w, [spell(str(s)) for s in kernel.sizes], "sizes")
         w.line('BLOCK_N = config["BLOCK_N"]')
-        w.line(f"programs = {' + '.join(programs(s, 'BLOCK_N') for s in kernel.sections)}")
+        w.line(f"programs = {' + '.join(programs(s, 'BLOCK_N', host_text) for s in kernel.sections)}")
         if kernel.experts is not None:
             w.line("grid = (programs, shape.experts)")
         elif kernel.rows.size == 1:

@@ -1,9 +1,8 @@
-"""The launch configuration that is fastest on this GPU, searched once and kept in the cache folder.
+"""The launch configuration that is fastest on this GPU, searched in bounded time and kept in the cache folder.
 
-    configs(sizes) -> search (bounded in time) -> tuned_<kernel>_<hash>.json -> launch(buffers, sizes, config)
+    configs(sizes) -> search -> keep: tuned_<kernel>_<hash>.json -> find
 
-A result holds for a kernel (its text), a device, and a class of shapes: all sizes rounded up to powers of two.
-Nothing here runs by itself: a launcher without a configuration takes its default, with no search.
+A result holds for a kernel (its text), a device, and a class of shapes. launcher.py decides when to search.
 """
 
 import hashlib
@@ -11,18 +10,19 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 
 from llmcomp.codegen.build import Cache, Source
 from llmcomp.codegen.launch import Config, power
-from llmcomp.errors import BuildError
 
 # Seconds of a launch; raises what Triton raises for a configuration that the device cannot run.
 Timer = Callable[[Callable[[], None]], float]
 REPETITIONS = 20
+# What Triton raises for a configuration that does not compile, or that the device has no room for.
+UNFIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, CompilationError)
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,28 @@ class Tuning:
     candidates: int
 
 
-def shape_class(extents: Sequence[int]) -> str:
-    """The class of shapes that share a result.
+@dataclass(frozen=True)
+class ShapeClass:
+    """Shapes that share a result: equal but for rounding up to powers of two, with the same default.
 
-    >>> shape_class((5, 2048, 1))
+    The default decides the form of the kernel and the blocks that have to cover something whole: a configuration
+    that is right for one shape of a class is right for all.
+    """
+
+    extents: tuple[int, ...]
+    default: Config
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self.extents))
+
+
+def shape_class(extents: Sequence[int], default: Config) -> ShapeClass:
+    """The class of a shape.
+
+    >>> str(shape_class((5, 2048, 1), Config(())))
     '8-2048-1'
     """
-    return "-".join(str(power(n)) for n in extents)
+    return ShapeClass(tuple(power(n) for n in extents), default)
 
 
 def search(
@@ -72,7 +87,7 @@ def search(
 def _time(config: Config, launch: Callable[[Config], None], timer: Timer) -> float | None:
     try:
         return timer(lambda: launch(config))
-    except (triton.OutOfResources, triton.compiler.errors.CompilationError, BuildError):
+    except UNFIT:
         return None
 
 
@@ -96,53 +111,29 @@ def gpu_timer(device: torch.device) -> Timer:
     return timer
 
 
-def tune(
-    source: Source,
-    module: ModuleType,
-    buffers: Sequence[torch.Tensor],
-    sizes: Sequence[int],
-    cache: Cache,
-    device: str,
-    timer: Timer,
-    budget: float,
-) -> Config:
-    """The configuration for a kernel and a class of shapes: the one in the cache, else searched and kept.
-
-    `device` names the model of the device. The buffers are written; their values do not matter but for indices.
-    """
-    known = find(source, module.extents(sizes), cache, device)
-    if known is not None:
-        return known
-    default, candidates = module.default(sizes), module.configs(sizes)
-    ordered = [default, *(c for c in candidates if c != default)]
-    found = search(ordered, lambda config: module.launch(buffers, sizes, config), timer, budget)
-    config = found.config if found else default
-    keep(source, module.extents(sizes), cache, device, config)
-    return config
-
-
-def find(source: Source, extents: Sequence[int], cache: Cache, device: str) -> Config | None:
+def find(source: Source, shape: ShapeClass, cache: Cache, device: str) -> Config | None:
     """The configuration that an earlier search kept, or None; a damaged file counts as none."""
-    path = cache.find(_filename(source, extents, device), lambda data: _parse(data) is not None)
+    path = cache.find(_filename(source, shape, device), lambda data: _parse(data) is not None)
     return _parse(path.read_bytes()) if path else None
 
 
-def keep(source: Source, extents: Sequence[int], cache: Cache, device: str, config: Config) -> None:
+def keep(source: Source, shape: ShapeClass, cache: Cache, device: str, config: Config) -> None:
     """Write the result of a search. Raises CacheError where no folder takes it."""
     record = {
         "kernel": source.name,
         "device": device,
-        "shape": shape_class(extents),
+        "shape": str(shape),
         "blocks": dict(config.blocks),
         "warps": config.warps,
         "stages": config.stages,
         "form": config.form,
+        "registers": config.registers,
     }
-    cache.write(_filename(source, extents, device), json.dumps(record, indent=1).encode())
+    cache.write(_filename(source, shape, device), json.dumps(record, indent=1).encode())
 
 
-def _filename(source: Source, extents: Sequence[int], device: str) -> str:
-    parts = (source.text, device, shape_class(extents), triton.__version__, torch.__version__)
+def _filename(source: Source, shape: ShapeClass, device: str) -> str:
+    parts = (source.text, device, shape, triton.__version__, torch.__version__)
     return f"tuned_{source.name}_{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.json"
 
 
@@ -150,6 +141,7 @@ def _parse(data: bytes) -> Config | None:
     try:
         record = json.loads(data)
         blocks = tuple((str(k), int(v)) for k, v in record["blocks"].items())
-        return Config(blocks, int(record["warps"]), int(record["stages"]), str(record["form"]))
+        warps, stages, registers = (int(record[n]) for n in ("warps", "stages", "registers"))
+        return Config(blocks, warps, stages, str(record["form"]), registers)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -29,12 +29,15 @@ from llmcomp.arena import Arena, Lifetime, plan_arena
 from llmcomp.codegen.build import Built, Cache, Source, build
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
 from llmcomp.codegen.index import size, sizes
+from llmcomp.codegen.kernel import checks
 from llmcomp.codegen.lowered import destination
 from llmcomp.options import Options
 from llmcomp.region import Partition
+from llmcomp.status import check_status, shared_status
 from llmcomp.target import Target
 
 if TYPE_CHECKING:
+    from llmcomp.codegen.launcher import Launcher
     from llmcomp.program import Step
 
 PROCESS = os.getpid()
@@ -46,19 +49,6 @@ def thread_count(asked: int | None) -> int:
     if os.getpid() != PROCESS:
         return 1
     return asked or torch.get_num_threads()
-
-
-def check_status(status: int) -> None:
-    """Raise what eager raises for what a kernel found.
-
-    Raises:
-        IndexError: an index of an embedding or a gather was out of range.
-        RuntimeError: an integer was divided by zero.
-    """
-    if status & 1:
-        raise IndexError("index out of range in self")
-    if status:
-        raise RuntimeError("ZeroDivisionError")
 
 
 @dataclass(frozen=True)
@@ -102,6 +92,8 @@ def host_program(
         writer.release(position - 1)
     writer.finish()
     writer.bind_plans(built, cache)
+    if target.name == "triton":
+        writer.namespace["launch"] = launchers(steps, kernels, built, options, cache)
     return writer.compiled()
 
 
@@ -215,6 +207,9 @@ class HostWriter:
             self.line(f"arena = empty(({self.expr(self.storage.arena.size)},), dtype=torch.uint8)")
         if target.name == "cpp" and any(s.lowered is not None for s in steps):
             self.line(f"threads = thread_count({options.threads})")
+        if target.name == "triton":
+            self.namespace["index_status"] = shared_status(target.device)
+            self.line("index_status.check()")
 
     def _bind_sizes(self, placeholders: Sequence[Node]) -> None:
         for n in placeholders:
@@ -357,13 +352,12 @@ class HostWriter:
     def launches(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built]) -> None:
         """A run of Triton kernels, launched one by one."""
         self.allocate(run)
-        kernels = self.namespace.setdefault("launch", {})
         for step, which in run:
             assert step.lowered is not None
-            kernels[which] = built[which].module().launch
             buffers = ", ".join(self._pointer(n) for n in step.lowered.buffers)
             extents = ", ".join(self.expr(e) for e in step.lowered.sizes)
-            self.line(f"launch[{which}]([{buffers}], [{extents}])  # {built[which].source.name}")
+            status = ", index_status.word" if checks(step.lowered.kernel) else ""
+            self.line(f"launch[{which}]([{buffers}], [{extents}]{status})  # {built[which].source.name}")
 
     # End -------------------------------------------------------------------------------------------------
 
@@ -401,6 +395,25 @@ def plan_function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
     function.restype = ctypes.c_int64
     return function
+
+
+def launchers(
+    steps: "Sequence[Step]", kernels: Sequence[int], built: Sequence[Built], options: Options, cache: Cache
+) -> "dict[int, Launcher]":
+    """The launcher of each Triton kernel, by its number."""
+    from llmcomp.codegen.launcher import Launcher, Tuner
+
+    tuner = Tuner(cache, options.tune_seconds)
+    described = {which: s.lowered.kernel for s, which in zip(steps, kernels, strict=True) if s.lowered is not None}
+    return {
+        which: Launcher(
+            built[which].source,
+            built[which].module(),
+            [i for i, b in enumerate(kernel.buffers) if b.written],
+            tuner,
+        )
+        for which, kernel in described.items()
+    }
 
 
 def _attribute(gm: GraphModule, path: str) -> Any:

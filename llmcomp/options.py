@@ -19,8 +19,10 @@ from llmcomp.errors import OptionError
 TARGETS = ("auto", "triton", "cpp", "reference")
 # torch's own names. "default" and "max-autotune-no-cudagraphs" launch kernels one by one; "reduce-overhead"
 # (which transformers passes unasked) and "max-autotune" may replay launches as a CUDA graph; both
-# "max-autotune" may search longer for Triton launch configurations. On the CPU all four mean the same.
+# "max-autotune" search for Triton launch configurations. On the CPU all four mean the same.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# What a compiled graph may spend on that search with the "max-autotune" modes, in seconds.
+TUNE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Options:
     mode: str = "default"  # one of MODES
     verify: bool = False  # check every pass and the kernels against the captured graph, on the first call
     threads: int | None = None  # of a CPU kernel; None asks torch at each call
+    tune: float | None = None  # seconds to search launch configurations, for each graph; None follows the mode
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
     debug: int = 0  # 1 passes and times, 2 operator counts, 3 graphs, 4 kernel sources; on stderr
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
@@ -41,9 +44,11 @@ class Options:
         return self.mode in ("reduce-overhead", "max-autotune")
 
     @property
-    def autotune(self) -> bool:
-        """Whether the search for launch configurations may take longer."""
-        return self.mode.startswith("max-autotune")
+    def tune_seconds(self) -> float:
+        """Seconds that a graph may spend searching for launch configurations on a GPU; 0: it takes what it finds."""
+        if self.tune is not None:
+            return self.tune
+        return TUNE_SECONDS if self.mode.startswith("max-autotune") else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ _RULES = {
     "threads": _Rule(
         "a positive whole number, or None for torch's number of threads",
         lambda v: v is None or (_whole_number(v) and v > 0),
+    ),
+    "tune": _Rule(
+        "a number of seconds, or None for 60 with the max-autotune modes and 0 otherwise",
+        lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
     "cache": _Rule("a folder", lambda v: isinstance(v, str | Path) and str(v) != "", _path),
     "debug": _Rule("a whole number from 0 to 4", lambda v: _whole_number(v) and 0 <= v <= 4),

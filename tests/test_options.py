@@ -14,7 +14,7 @@ from llmcomp.options import MODES, Options, read_options, triton_interprets
 def test_defaults():
     options = read_options(None, None, {})
     assert options == Options(cache=Path.home() / ".cache" / "llmcomp")
-    assert not options.cuda_graphs and not options.autotune
+    assert not options.cuda_graphs and not options.tune_seconds
 
 
 def test_options_are_frozen_and_hashable():
@@ -30,6 +30,7 @@ def test_every_field_can_be_set():
         "mode": "max-autotune",
         "verify": True,
         "threads": 3,
+        "tune": 2.5,
         "cache": "/tmp/a",
         "debug": 2,
         "dump": Path("/tmp/b"),
@@ -40,25 +41,30 @@ def test_every_field_can_be_set():
 
 
 @pytest.mark.parametrize(
-    ("mode", "cuda_graphs", "autotune"),
+    ("mode", "cuda_graphs", "seconds"),
     [
-        ("default", False, False),
-        ("reduce-overhead", True, False),
-        ("max-autotune", True, True),
-        ("max-autotune-no-cudagraphs", False, True),
+        ("default", False, 0.0),
+        ("reduce-overhead", True, 0.0),
+        ("max-autotune", True, 60.0),
+        ("max-autotune-no-cudagraphs", False, 60.0),
     ],
 )
-def test_modes(mode, cuda_graphs, autotune):
+def test_modes(mode, cuda_graphs, seconds):
     assert mode in MODES
     options = read_options(None, mode, {})
-    assert (options.cuda_graphs, options.autotune) == (cuda_graphs, autotune)
+    assert (options.cuda_graphs, options.tune_seconds) == (cuda_graphs, seconds)
+
+
+def test_seconds_of_tuning_win_over_the_mode():
+    assert read_options({"tune": 5}, None, {}).tune_seconds == 5
+    assert read_options({"tune": 0}, "max-autotune", {}).tune_seconds == 0
 
 
 @pytest.mark.parametrize(
     ("asked", "parts"),
     [
-        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, cache"]),
-        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, cache, debug, dump"]),
+        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, cache"]),
+        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, cache, debug, dump"]),
         ({"target": "cuda"}, ["target", "auto, triton, cpp, reference", "'cuda'"]),
         ({"target": "trito"}, ["did you mean 'triton'"]),
         ({"target": ["cpp"]}, ["target", "['cpp']"]),
@@ -66,6 +72,8 @@ def test_modes(mode, cuda_graphs, autotune):
         ({"threads": 0}, ["threads", "positive", "found 0"]),
         ({"threads": True}, ["threads", "True"]),
         ({"threads": "2"}, ["threads", "'2'"]),
+        ({"tune": -1}, ["tune", "seconds", "found -1"]),
+        ({"tune": True}, ["tune", "True"]),
         ({"debug": 5}, ["debug", "0 to 4", "5"]),
         ({"debug": -1}, ["debug", "-1"]),
         ({"cache": ""}, ["cache", "folder"]),

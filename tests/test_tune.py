@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import triton
@@ -28,7 +28,7 @@ from llmcomp.codegen.launch import (
     rows_config,
     splits,
 )
-from llmcomp.codegen.tune import Tuning, find, keep, search, shape_class, tune
+from llmcomp.codegen.tune import Tuning, find, keep, search, shape_class
 
 CANDIDATES = tuple(Config((("BLOCK", block),)) for block in (128, 256, 512, 1024))
 SECONDS = {128: 4.0, 256: 2.0, 512: 1.0, 1024: 3.0}
@@ -89,58 +89,46 @@ def test_search_lets_other_errors_pass() -> None:
         search(CANDIDATES, wrong, FakeGpu().timer, budget=1.0)
 
 
-def module(gpu: FakeGpu) -> SimpleNamespace:
-    """A generated module, as far as tuning looks."""
-    return SimpleNamespace(
-        extents=lambda sizes: Points(sizes[0]),
-        default=lambda sizes: CANDIDATES[3],
-        configs=lambda sizes: CANDIDATES,
-        launch=lambda buffers, sizes, config: gpu.launch(config),
-    )
+EIGHT = shape_class((5,), CANDIDATES[0])
 
 
-def test_tune_keeps_what_it_found_by_device_and_class(tmp_path: Path) -> None:
-    cache, gpu = Cache(tmp_path), FakeGpu()
-
-    def ask(size: int, device: str) -> Config:
-        return tune(SOURCE, module(gpu), [], [size], cache, device, gpu.timer, 100.0)  # type: ignore[arg-type]
-
-    assert ask(1000, "H100") == CANDIDATES[2]
-    assert gpu.launched == [1024, 128, 256, 512]  # the default first
-    assert ask(600, "H100") == CANDIDATES[2]
-    assert len(gpu.launched) == 4  # the same class: not searched again
-    ask(2000, "H100")
-    assert len(gpu.launched) == 8
-    ask(1000, "A100")
-    assert len(gpu.launched) == 12
-    records = [json.loads(p.read_text()) for p in tmp_path.glob("tuned_kernel_*.json")]
-    assert {(r["device"], r["shape"]) for r in records} == {("H100", "1024"), ("H100", "2048"), ("A100", "1024")}
-
-
-def test_tune_falls_back_to_the_default(tmp_path: Path) -> None:
-    gpu = FakeGpu(failing=(128, 256, 512, 1024))
-    found = tune(SOURCE, module(gpu), [], [1], Cache(tmp_path), "H100", gpu.timer, 100.0)  # type: ignore[arg-type]
-    assert found == CANDIDATES[3]
+def test_what_was_kept_is_found_for_its_device_and_class(tmp_path: Path) -> None:
+    cache, kept = Cache(tmp_path), replace(CANDIDATES[1], stages=3, form="dot", registers=128)
+    keep(SOURCE, EIGHT, cache, "H100", kept)
+    assert find(SOURCE, shape_class((8,), CANDIDATES[0]), cache, "H100") == kept
+    assert find(SOURCE, shape_class((9,), CANDIDATES[0]), cache, "H100") is None
+    assert find(SOURCE, shape_class((8,), CANDIDATES[1]), cache, "H100") is None
+    assert find(SOURCE, EIGHT, cache, "A100") is None
+    (record,) = [json.loads(p.read_text()) for p in tmp_path.glob("tuned_kernel_*.json")]
+    assert (record["device"], record["shape"]) == ("H100", "8")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"blocks": 3}', b'{"blocks": {"A": "x"}}'])
 def test_a_damaged_result_is_none(tmp_path: Path, damage: bytes) -> None:
     cache = Cache(tmp_path)
-    keep(SOURCE, (5,), cache, "H100", CANDIDATES[0])
+    keep(SOURCE, EIGHT, cache, "H100", CANDIDATES[0])
     (path,) = tmp_path.glob("tuned_*.json")
-    assert find(SOURCE, (8,), cache, "H100") == CANDIDATES[0]
+    assert find(SOURCE, EIGHT, cache, "H100") == CANDIDATES[0]
     path.write_bytes(damage)
-    assert find(SOURCE, (8,), cache, "H100") is None
+    assert find(SOURCE, EIGHT, cache, "H100") is None
 
 
 def test_another_text_has_another_result(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    keep(SOURCE, (5,), cache, "H100", CANDIDATES[0])
-    assert find(Source("kernel", "triton", "other text"), (5,), cache, "H100") is None
+    keep(SOURCE, EIGHT, cache, "H100", CANDIDATES[0])
+    assert find(Source("kernel", "triton", "other text"), EIGHT, cache, "H100") is None
 
 
 def test_shape_class() -> None:
-    assert shape_class((5, 2048, 0)) == "8-2048-1"
+    assert str(shape_class((5, 2048, 0), CANDIDATES[0])) == "8-2048-1"
+
+
+def test_shapes_of_a_class_can_share_a_configuration() -> None:
+    """15 and 24 rows of a group of three heads: 5 and 8 queries are one power of two, the rows are not."""
+    few, more = Heads(2, 3, 5, 100, 64), Heads(2, 3, 8, 100, 64)
+    assert shape_class(few, decode_config(few)) != shape_class(more, decode_config(more))
+    longer = Heads(2, 3, 5, 120, 64)
+    assert shape_class(few, decode_config(few)) == shape_class(longer, decode_config(longer))
 
 
 # ---- defaults -----------------------------------------------------------------------------------------

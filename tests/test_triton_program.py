@@ -1,0 +1,79 @@
+"""Whole programs of the Triton target: the host code that a GPU would run, its kernels under the interpreter."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from llmcomp.backend import Compiled, compile_model
+from llmcomp.options import read_options
+from llmcomp.report import GraphReport
+from tests.numerics import assert_equal_float32
+from tests.triton_worker import interpreted
+
+
+def compiled(fn: Callable[..., Tensor], reports: list[GraphReport]) -> Callable[..., Tensor]:
+    """`fn` behind the Triton target, all sizes symbolic."""
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return compile_model(gm, inputs, read_options({"target": "triton"}), reports.append)
+
+    torch._dynamo.reset()
+    return torch.compile(fn, backend=backend, dynamic=True)
+
+
+def parameters(vocabulary: int = 11, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(vocabulary, width), torch.randn(width), torch.randn(40, width)
+
+
+def next_tokens(ids: Tensor, table: Tensor, weight: Tensor, head: Tensor) -> Tensor:
+    """An embedding, a norm, a projection, and something left to eager."""
+    return F.linear(F.rms_norm(F.embedding(ids, table), weight.shape, weight), head).topk(3).values
+
+
+@interpreted
+def test_a_program_of_several_shapes() -> None:
+    reports: list[GraphReport] = []
+    fast, given = compiled(next_tokens, reports), parameters()
+    with torch.no_grad():
+        for shape in ((2, 3), (3, 9), (4, 2)):
+            ids = torch.randint(11, shape)
+            assert_equal_float32(fast(ids, *given), next_tokens(ids, *given))
+    (report,) = reports
+    assert report.program.target == "triton" and len(report.program.kernels) >= 2
+    assert "aten.topk.default" in [e.op for e in report.program.externs]
+
+
+@interpreted
+def test_an_index_out_of_range_raises_at_the_next_call() -> None:
+    fast, given = compiled(next_tokens, []), parameters()
+    other = compiled(lambda x: (x * x).sum(-1), [])
+    with torch.no_grad():
+        good, bad = torch.tensor([[1, 10]]), torch.tensor([[1, 11]])
+        fast(good, *given)
+        for wrong in (bad, -bad):
+            fast(wrong, *given)
+            with pytest.raises(IndexError, match="out of range"):
+                fast(good, *given)
+            assert_equal_float32(fast(good, *given), next_tokens(good, *given))
+        fast(bad, *given)
+        with pytest.raises(IndexError, match="out of range"):
+            other(torch.randn(3, 4))  # whichever program comes next
+        fast(good, *given)
+
+
+@interpreted
+def test_mutation_of_an_input() -> None:
+    def update(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
+        cache.index_copy_(1, position, x * 2)
+        return cache.sum(1)
+
+    ours, eager, x = torch.zeros(2, 6, 4), torch.zeros(2, 6, 4), torch.randn(2, 2, 4)
+    with torch.no_grad():
+        found = compiled(update, [])(ours, x, torch.tensor([4, 1]))
+        assert_equal_float32(found, update(eager, x, torch.tensor([4, 1])))
+    assert torch.equal(ours, eager)
