@@ -451,9 +451,66 @@ def atanh(x: tl.tensor) -> tl.tensor:
 
 
 @device
+def next_piece(rest: tl.tensor, quarters: tl.tensor, part: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """(rest, quarters) with `part` quarter turns more: whole turns are dropped, whole quarters counted."""
+    rest += part - 4.0 * tl.floor(part * 0.25)
+    whole = tl.floor(rest + 0.5)
+    return rest - whole, quarters + whole
+
+
+@device
+def quarter_turns(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """float32 |x| as (quarter turns, rest in [-pi/4, pi/4]), right for every `x` (Payne and Hanek).
+
+    2/pi in pieces of 24 bits: in double precision the product with one is exact, and so is dropping whole turns
+    from it. libdevice, which `tl.sin` calls, keeps a table in local memory for large `x`.
+    """
+    x = tl.abs(x).to(tl.float64)
+    rest, quarters = next_piece(tl.zeros_like(x), tl.zeros_like(x), x * 0.6366197466850281)
+    rest, quarters = next_piece(rest, quarters, x * 2.5682552973194106e-08)
+    rest, quarters = next_piece(rest, quarters, x * 2.937095214933759e-16)
+    rest, quarters = next_piece(rest, quarters, x * 3.2543794001732456e-23)
+    rest, quarters = next_piece(rest, quarters, x * 1.2089613708828537e-29)
+    rest, quarters = next_piece(rest, quarters, x * 5.667556795740071e-37)
+    rest, quarters = next_piece(rest, quarters, x * 2.6204031112097215e-44)
+    rest, quarters = next_piece(rest, quarters, x * 7.053957680880629e-52)
+    return quarters.to(tl.int32), (rest * 1.5707963267948966).to(tl.float32)
+
+
+@device
+def wave(quarters: tl.tensor, r: tl.tensor) -> tl.tensor:
+    """sin(quarters * pi/2 + r) for |r| up to pi/4."""
+    z = r * r
+    sine = ((-0.000195172346673 * z + 0.00833217768623) * z + -0.166666549367) * z * r + r
+    cosine = ((2.4438379431e-05 * z + -0.00138873669096) * z + 0.0416666468546) * z * z + (1 - 0.5 * z)
+    value = tl.where((quarters & 1) != 0, cosine, sine)
+    return tl.where((quarters & 2) != 0, -1.0 * value, value)
+
+
+@device
+def sin(x: tl.tensor) -> tl.tensor:
+    """The sine."""
+    if x.dtype == tl.float64:
+        return tl.sin(x)
+    else:
+        quarters, rest = quarter_turns(x)
+        return wave(quarters, rest) * tl.where(copysign(tl.full((), 1.0, x.dtype), x) < 0, -1.0, 1.0)
+
+
+@device
+def cos(x: tl.tensor) -> tl.tensor:
+    """The cosine."""
+    if x.dtype == tl.float64:
+        return tl.cos(x)
+    else:
+        quarters, rest = quarter_turns(x)
+        return wave(quarters + 1, rest)
+
+
+@device
 def tan(x: tl.tensor) -> tl.tensor:
     """The tangent."""
-    return div(tl.sin(x), tl.cos(x))
+    return div(sin(x), cos(x))
 
 
 @device
