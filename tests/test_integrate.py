@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, CompileConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import llmcomp.backend
 from llmcomp import integrate
+from tests.models import LAYERS, PER_LAYER, small, token_ids
 
 SMALL = dict(
     vocab_size=64,
@@ -156,21 +158,34 @@ def test_model_compile_keeps_the_state_dict(model, graphs):
     model.load_state_dict(model.state_dict())
 
 
-def test_many_models_in_one_process(graphs):
+MANY = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2
+    gpt_neox opt phi3 olmo2 bloom falcon stablelm starcoder2""".split()
+
+
+def test_sixteen_models_of_several_shapes_in_one_process(graphs):
     """All forwards of transformers share one code object: Dynamo's own limit is 8 graphs for all of them."""
-    for seed in range(10):
-        torch.manual_seed(seed)
-        if seed % 2:
-            config = LlamaConfig(**SMALL | {"hidden_size": 16 + 16 * (seed // 2)})
-        else:
-            config = GPT2Config(vocab_size=64, n_embd=16 + 16 * (seed // 2), n_layer=1, n_head=4, n_positions=32)
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            expected = model(PROMPT, use_cache=False).logits
-            before = len(graphs)
-            got = torch.compile(model, **OURS)(PROMPT, use_cache=False).logits
-        assert len(graphs) > before, f"model {seed} ran in eager"
-        torch.testing.assert_close(got, expected)
+    calls = []
+
+    def counting(gm, inputs):
+        program = llmcomp.backend.llmcomp(gm, inputs, options=OURS["options"])
+        return lambda *args: calls.append(name) or program(*args)
+
+    for name in MANY:
+        model = AutoModelForCausalLM.from_config(thin(name)).eval()
+        fast = torch.compile(model, backend=counting, dynamic=False)
+        for shape in ((1, 5), (2, 7)):
+            ids = token_ids(*shape, seed=0)
+            with torch.no_grad():
+                torch.testing.assert_close(fast(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        assert calls.count(name) == 2, f"{name} ran in eager"
+    assert len(graphs) == 2 * len(MANY) == 32
+
+
+def thin(name):
+    """The small config of an architecture, with one layer."""
+    default = CONFIG_MAPPING[name]()
+    settings = {k: v for k, v in small(default).items() if k not in PER_LAYER}
+    return type(default)(**settings | {k: 1 for k in LAYERS if k in settings})
 
 
 def test_installing_again_changes_nothing(model, graphs):
