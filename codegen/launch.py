@@ -180,7 +180,14 @@ def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, s
     block_n = shape.width or block_n
     block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(block_k, 32)
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
-    return Config(blocks, warps, stages, "dot")
+    # What follows the products of two accumulators (a norm within a head, rotary embedding) needs more of them.
+    registers = max(168 if shape.parts > 1 else 0, _registers(block_m * block_n * shape.parts, warps))
+    return Config(blocks, warps, stages, "dot", registers)
+
+
+def _registers(accumulators: int, warps: int) -> int:
+    """What a thread that holds its part of so many accumulators may use: enough that it spills none."""
+    return 128 if accumulators <= 32 * 32 * warps else 255
 
 
 def _fits(config: Config, shape: Product) -> bool:
@@ -204,7 +211,7 @@ def dot_config(shape: Product) -> Config:
     elif rows <= 16:
         guesses = [_dot(shape, 16, 32, 128, 4, 4)]
     elif rows <= 64:
-        guesses = [_dot(shape, power(rows), 64, 64, 4, 4), _dot(shape, 32, 32, 64, 4, 3)]
+        guesses = [_dot(shape, power(rows), 64 // min(shape.parts, 2), 64, 4, 4), _dot(shape, 32, 32, 64, 4, 3)]
     else:
         guesses = [_dot(shape, 128, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
     smaller = [_dot(shape, 32, 32, 64, 8, 2), _dot(shape, 16, 16, 64, 8, 2), _dot(shape, 16, 16, 16, 8, 2)]
@@ -254,14 +261,22 @@ def prefill_config(shape: Heads) -> Config:
         block_m, block_n, warps, stages = 64, 32, 8, 2
     block_m = max(16, min(block_m, power(shape.queries)))
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n))
-    return Config(blocks, warps if block_m >= 64 or shape.bytes > 2 else 4, stages, "prefill")
+    warps = warps if block_m >= 64 or shape.bytes > 2 else 4
+    return Config(blocks, warps, stages, "prefill", _registers(2 * block_m * width, warps))
 
 
 def prefill_configs(shape: Heads) -> tuple[Config, ...]:
     """Candidates for many queries."""
-    widest = 128 * 128 // max(64, power(shape.width))
+    width = power(shape.width)
+    widest = 128 * 128 // max(64, width)
     return tuple(
-        Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "prefill")
+        Config(
+            (("BLOCK_M", block_m), ("BLOCK_N", block_n)),
+            warps,
+            stages,
+            "prefill",
+            _registers(2 * block_m * width, warps),
+        )
         for block_m in (32, 64, 128)
         for block_n in (32, 64, 128)
         for warps in (4, 8)
@@ -284,7 +299,7 @@ def decode_configs(shape: Heads) -> tuple[Config, ...]:
 
 def _decode(shape: Heads, block_n: int, warps: int, stages: int) -> Config:
     block_m = max(16, power(shape.group * shape.queries))
-    return Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "decode")
+    return Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "decode", 255)
 
 
 def splits(shape: Heads, block_n: int, device: torch.device) -> int:

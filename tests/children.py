@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,29 @@ def report(fields: dict[str, Any]) -> None:
 
 
 def run_all(
-    items: Sequence[str], command: Callable[[Sequence[str]], Sequence[str]], timeout: float
+    items: Sequence[str],
+    command: Callable[[Sequence[str]], Sequence[str]],
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Outcome]:
-    """Run `command(items)`; where it dies or takes over `timeout` seconds, go on after the item it was at."""
+    """Run `command(items)`; where it dies or takes over `timeout` seconds, go on after the item it was at.
+
+    `environment` is added to that of this process.
+    """
     left = list(items)
     while left:
-        found, verdict, detail = run_child(command(left), timeout)
+        found, verdict, detail = run_child(command(left), timeout, environment or {})
         yield from (Outcome(item, fields) for item, fields in zip(left, found, strict=False))
         left = left[len(found) :]
         if left:
             yield Outcome(left.pop(0), None, verdict, detail)
 
 
-def run_child(command: Sequence[str], timeout: float) -> tuple[list[dict[str, Any]], str, str]:
+def run_child(
+    command: Sequence[str], timeout: float, environment: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], str, str]:
     """The fields that a child reported, and the verdict and detail on the item that it did not survive."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     try:
         child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as expired:

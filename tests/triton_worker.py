@@ -27,7 +27,14 @@ from typing import Any
 import pytest
 import torch
 
-MODULES = ("test_triton", "test_triton_contract", "test_triton_attend", "test_triton_program", "test_assemble")
+MODULES = (
+    "test_triton",
+    "test_triton_contract",
+    "test_triton_attend",
+    "test_triton_program",
+    "test_triton_sweep",
+    "test_assemble",
+)
 KIND = "LLMCOMP_TRITON_TESTS"  # set in a process of a kind
 LIMIT = 600.0  # seconds
 
