@@ -15,8 +15,7 @@ import triton.language as tl
 class Config:
     """Block sizes, warps and pipeline stages of a launch; `form` is the function where a file has several.
 
-    `registers` is what a thread may use. 0 leaves it to the assembler, which spills some to memory where one
-    more block would then find room on a multiprocessor.
+    `registers` is what a thread may use at most; 0 leaves it to the assembler.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -38,6 +37,11 @@ class Config:
             "enable_fp_fusion": True,
             **limit,
         }
+
+
+# Limits of registers in the order of trying, until none are spilled to memory. The assembler spills a few where one
+# more block would then find room on a multiprocessor; under a limit it weighs otherwise, in no way that one foresees.
+REGISTERS = (0, 255, 168, 128)
 
 
 def power(n: int) -> int:
@@ -180,14 +184,7 @@ def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, s
     block_n = shape.width or block_n
     block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(block_k, 32)
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
-    # What follows the products of two accumulators (a norm within a head, rotary embedding) needs more of them.
-    registers = max(168 if shape.parts > 1 else 0, _registers(block_m * block_n * shape.parts, warps))
-    return Config(blocks, warps, stages, "dot", registers)
-
-
-def _registers(accumulators: int, warps: int) -> int:
-    """What a thread that holds its part of so many accumulators may use: enough that it spills none."""
-    return 128 if accumulators <= 32 * 32 * warps else 255
+    return Config(blocks, warps, stages, "dot")
 
 
 def _fits(config: Config, shape: Product) -> bool:
@@ -261,22 +258,14 @@ def prefill_config(shape: Heads) -> Config:
         block_m, block_n, warps, stages = 64, 32, 8, 2
     block_m = max(16, min(block_m, power(shape.queries)))
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n))
-    warps = warps if block_m >= 64 or shape.bytes > 2 else 4
-    return Config(blocks, warps, stages, "prefill", _registers(2 * block_m * width, warps))
+    return Config(blocks, warps if block_m >= 64 or shape.bytes > 2 else 4, stages, "prefill")
 
 
 def prefill_configs(shape: Heads) -> tuple[Config, ...]:
     """Candidates for many queries."""
-    width = power(shape.width)
-    widest = 128 * 128 // max(64, width)
+    widest = 128 * 128 // max(64, power(shape.width))
     return tuple(
-        Config(
-            (("BLOCK_M", block_m), ("BLOCK_N", block_n)),
-            warps,
-            stages,
-            "prefill",
-            _registers(2 * block_m * width, warps),
-        )
+        Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "prefill")
         for block_m in (32, 64, 128)
         for block_n in (32, 64, 128)
         for warps in (4, 8)
@@ -299,7 +288,7 @@ def decode_configs(shape: Heads) -> tuple[Config, ...]:
 
 def _decode(shape: Heads, block_n: int, warps: int, stages: int) -> Config:
     block_m = max(16, power(shape.group * shape.queries))
-    return Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "decode", 255)
+    return Config((("BLOCK_M", block_m), ("BLOCK_N", block_n)), warps, stages, "decode")
 
 
 def splits(shape: Heads, block_n: int, device: torch.device) -> int:

@@ -4,19 +4,21 @@
     with seconds left to search  ->  kept  ->  searched on copies of what the kernel writes, and kept
 
 Nothing is searched unless the program was given seconds for it, and never for longer than that, but for the
-candidate that is under way.
+candidate that is under way. Where a configuration does not fit on the device, the first that does is taken; where
+registers spill, the first limit of registers under which they do not.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from llmcomp.codegen.build import Cache, Source
-from llmcomp.codegen.launch import Config
+from llmcomp.codegen.launch import REGISTERS, Config
 from llmcomp.codegen.tune import UNFIT, ShapeClass, Timer, find, gpu_timer, keep, search, shape_class
 
 # Of one kernel and class of shapes: candidates compile in about a second each.
@@ -37,6 +39,11 @@ def gpu_name(device: torch.device) -> str:
 def capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph: nothing may be timed then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def spilled(compiled: Sequence[Any]) -> bool:
+    """Whether a compiled kernel keeps registers in memory (the interpreter compiles nothing)."""
+    return any(getattr(k, "n_spills", 0) for k in compiled)
 
 
 def copied(buffer: torch.Tensor) -> torch.Tensor:
@@ -80,45 +87,58 @@ class Launcher:
         if config is not None:
             self._module.launch(buffers, sizes, config, status)
             return
-        config = self._launch_fitting(self._choose(buffers, sizes), buffers, sizes, status)
+        default: Config = self._module.default(sizes)
+        shape = shape_class(self._module.extents(sizes), default)
+        with self._tuner.lock:
+            config = self._classes.get(shape)
+            if config is None:
+                config = self._classes[shape] = self._first_launch(shape, buffers, sizes, status)
+            else:
+                self._module.launch(buffers, sizes, config, status)
         if len(self._configs) >= REMEMBERED:
             self._configs.clear()
         self._configs[key] = config
 
-    def _launch_fitting(
-        self, config: Config, buffers: Sequence[torch.Tensor], sizes: Sequence[int], status: torch.Tensor | None
+    def _first_launch(
+        self, shape: ShapeClass, buffers: Sequence[torch.Tensor], sizes: Sequence[int], status: torch.Tensor | None
     ) -> Config:
-        """Launch, with another configuration where the device has no room for `config`."""
-        try:
-            self._module.launch(buffers, sizes, config, status)
+        """Choose a configuration for a class of shapes and launch with the first that the device has room for."""
+        candidates = [self._choose(shape, buffers, sizes), *self._module.configs(sizes)]
+        while True:
+            config = candidates.pop(0)
+            try:
+                compiled = self._module.launch(buffers, sizes, config, status)
+            except UNFIT:
+                if candidates:
+                    continue
+                raise
+            return self._without_spills(config, buffers, sizes) if spilled(compiled) else config
+
+    def _without_spills(self, config: Config, buffers: Sequence[torch.Tensor], sizes: Sequence[int]) -> Config:
+        """`config` with the first limit of registers under which none is spilled; as it is where there is none."""
+        if capturing():
             return config
-        except UNFIT:
-            candidates: Sequence[Config] = self._module.configs(sizes)
-            for other in candidates:
-                if self._runs(other, buffers, sizes, status):
-                    return other
-            raise
+        copies = self._copies(buffers)
+        for registers in REGISTERS:
+            limited = replace(config, registers=registers)
+            try:
+                if not spilled(self._module.launch(copies, sizes, limited, None)):
+                    return limited
+            except UNFIT:
+                pass
+        return config
 
-    def _runs(
-        self, config: Config, buffers: Sequence[torch.Tensor], sizes: Sequence[int], status: torch.Tensor | None
-    ) -> bool:
-        try:
-            self._module.launch(buffers, sizes, config, status)
-        except UNFIT:
-            return False
-        return True
+    def _copies(self, buffers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Buffers on which a launch can be repeated."""
+        return [copied(b) if i in self._written else b for i, b in enumerate(buffers)]
 
-    def _choose(self, buffers: Sequence[torch.Tensor], sizes: Sequence[int]) -> Config:
-        """The configuration for a class of shapes, looked up or searched when it is met first."""
-        default: Config = self._module.default(sizes)
-        shape, device = shape_class(self._module.extents(sizes), default), gpu_of(buffers)
+    def _choose(self, shape: ShapeClass, buffers: Sequence[torch.Tensor], sizes: Sequence[int]) -> Config:
+        """The configuration that was kept for a class of shapes, or searched, or the default."""
+        device = gpu_of(buffers)
         if device is None:
-            return default
-        with self._tuner.lock:
-            if shape not in self._classes:
-                kept = find(self._source, shape, self._tuner.cache, self._tuner.name(device))
-                self._classes[shape] = kept or self._search(shape, buffers, sizes, device)
-            return self._classes[shape]
+            return shape.default
+        kept = find(self._source, shape, self._tuner.cache, self._tuner.name(device))
+        return kept or self._search(shape, buffers, sizes, device)
 
     def _search(
         self, shape: ShapeClass, buffers: Sequence[torch.Tensor], sizes: Sequence[int], device: torch.device
@@ -126,7 +146,7 @@ class Launcher:
         tuner = self._tuner
         if tuner.seconds <= 0 or capturing():
             return shape.default
-        copies = [copied(b) if i in self._written else b for i, b in enumerate(buffers)]
+        copies = self._copies(buffers)
         candidates = [shape.default, *(c for c in self._module.configs(sizes) if c != shape.default)]
         start, budget = tuner.clock(), min(KERNEL_SECONDS, tuner.seconds)
         found = search(

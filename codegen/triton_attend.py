@@ -375,7 +375,7 @@ def _print_launch(w: Writer, kernel: Attend, forms: Sequence[str]) -> None:
         return
     with launcher(w, LAUNCH):
         w.line('form = launch_decode if config.form == "decode" else launch_prefill')
-        w.line("form(buffers, sizes, shape, config, status)")
+        w.line("return form(buffers, sizes, shape, config, status)")
     _print_decode_launch(w, kernel, "launch_decode")
     _print_prefill_launch(w, kernel, "launch_prefill")
 
@@ -401,7 +401,7 @@ def _print_prefill_launch(w: Writer, kernel: Attend, name: str) -> None:
         w.line('tiles = triton.cdiv(shape.queries, config["BLOCK_M"])')
         w.line("grid = (tiles * shape.pairs * shape.group,)")
         passed = [*arguments(kernel, [kernel.score]), INDEX, "**config.options()"]
-        w.line(call(f"{kernel.name}_prefill[grid]", passed))
+        w.line(call(f"return [{kernel.name}_prefill[grid]", passed, "]"))
 
 
 def _print_decode_launch(w: Writer, kernel: Attend, name: str) -> None:
@@ -418,8 +418,9 @@ def _print_decode_launch(w: Writer, kernel: Attend, name: str) -> None:
         parts = [*SCRATCH, "splits", "INDEX=index"]
         w.line("grid = (shape.pairs * splits,)")
         passed = [*arguments(kernel, [kernel.score]), *parts, "**config.options()"]
-        w.line(call(f"{kernel.name}_decode[grid]", passed))
+        w.line(call(f"compiled = [{kernel.name}_decode[grid]", passed, "]"))
         with w.block("if splits > 1"):
             w.line(f"options = launches.combine_config(splits, {width}).options()")
             out = [f"buffers[{_out_position(kernel)}]", *(["*sizes"] if kernel.sizes else [])]
-            w.line(call(f"{kernel.name}_combine[(rows,)]", [*out, *parts, "**options"]))
+            w.line(call(f"compiled += [{kernel.name}_combine[(rows,)]", [*out, *parts, "**options"], "]"))
+        w.line("return compiled")

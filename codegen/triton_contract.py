@@ -461,4 +461,5 @@ def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
             name = "kernel"
             w.line(f'kernel = {kernel.name}_gemv if config.form == "gemv" else {kernel.name}_dot')
         index = "INDEX=launches.index_type(buffers, shape.rows)"
-        w.line(call(f"{name}[grid]", [*arguments(kernel, _bodies(kernel)), index, "**config.options()"]))
+        passed = [*arguments(kernel, _bodies(kernel)), index, "**config.options()"]
+        w.line(call(f"return [{name}[grid]", passed, "]"))

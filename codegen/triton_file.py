@@ -4,7 +4,7 @@
 def NAME(<buffers>, <sizes>, INDEX, <blocks>)
 def extents(sizes)                                 the loop sizes that decide the launch configuration
 def configs(sizes)                                 configurations worth a try
-def launch(buffers, sizes, config, status)         computes the grid and launches
+def launch(buffers, sizes, config, status)         computes the grid, launches, returns what was compiled
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -181,4 +181,4 @@ def launch_function(w: Writer, kernel: Kernel, bodies: Sequence[Body], grid: str
         w.line(f"grid = ({grid},)")
         index = f"INDEX=launches.index_type(buffers, {points})"
         passed = [*arguments(kernel, bodies), index, "**config.options()"]
-        w.line(call(f"{spell(kernel.name)}[grid]", passed))
+        w.line(call(f"return [{spell(kernel.name)}[grid]", passed, "]"))

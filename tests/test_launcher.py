@@ -11,7 +11,7 @@ import triton
 
 from llmcomp.codegen import launcher as subject
 from llmcomp.codegen.build import Cache, Source
-from llmcomp.codegen.launch import Config, Points, power
+from llmcomp.codegen.launch import REGISTERS, Config, Points, power
 from llmcomp.codegen.launcher import KERNEL_SECONDS, REMEMBERED, Launcher, Tuner
 
 CANDIDATES = tuple(Config((("BLOCK", block),)) for block in (128, 256, 512, 1024))
@@ -29,11 +29,15 @@ class Gpu:
 
     def launch(
         self, buffers: Sequence[torch.Tensor], sizes: Sequence[int], config: Config, status: torch.Tensor | None
-    ) -> None:
+    ) -> list[SimpleNamespace]:
         if config["BLOCK"] in self.too_large:
             raise triton.OutOfResources(2, 1, "shared memory")
         self.launches.append((config["BLOCK"], status))
         buffers[0].add_(1)
+        return [SimpleNamespace(n_spills=self.spills(config))]
+
+    def spills(self, config: Config) -> int:
+        return 0
 
     def timer(self, device: torch.device) -> Callable[[Callable[[], None]], float]:
         def time(launch: Callable[[], None]) -> float:
@@ -127,6 +131,33 @@ def test_what_does_not_fit_is_replaced(tmp_path: Path) -> None:
     none = Gpu(too_large=(128, 256, 512, 1024))
     with pytest.raises(triton.OutOfResources):
         launcher(none, tmp_path, 0.0)([torch.zeros(1)], [100])
+
+
+class Spilling(Gpu):
+    """Spills but under a limit of 168 registers, and does not run under one of 255."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.always, self.limits = always, []
+
+    def spills(self, config: Config) -> int:
+        self.limits.append(config.registers)
+        if config.registers == 255:
+            raise triton.OutOfResources(2, 1, "registers")
+        return 4 if self.always or config.registers != 168 else 0
+
+
+def test_registers_are_limited_where_they_spill(tmp_path: Path) -> None:
+    gpu, x = Spilling(), torch.zeros(1)
+    launch = launcher(gpu, tmp_path, 0.0)
+    launch([x], [100])
+    launch([x], [100])
+    assert gpu.limits == [0, 0, 255, 168, 168] and x[0] == 2, "tried on copies"
+    none = Spilling(always=True)
+    launch = launcher(none, tmp_path, 0.0)
+    launch([x], [100])
+    launch([x], [100])
+    assert none.limits == [0, *REGISTERS, 0], "nothing helps: as it was"
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -716,9 +716,9 @@ def launch(buffers, sizes, config=None, status=None):
     shape = extents(sizes)
     config = config or default(sizes)
     grid = (triton.cdiv(shape.points, config["BLOCK"]),)
-    embedding[grid](
+    return [embedding[grid](
         *buffers, *sizes, status, INDEX=launches.index_type(buffers, shape.points), **config.options()
-    )
+    )]
 """,
     )
 
@@ -776,12 +776,12 @@ def launch(buffers, sizes, config=None, status=None):
     shape = extents(sizes)
     config = config or default(sizes)
     grid = (triton.cdiv(shape.rows, config["ROWS"]),)
-    softmax[grid](
+    return [softmax[grid](
         *buffers,
         *sizes,
         INDEX=launches.index_type(buffers, shape.rows * shape.columns),
         **config.options(),
-    )
+    )]
 """,
     )
 
@@ -858,11 +858,11 @@ def launch(buffers, sizes, config=None, status=None):
     shape = extents(sizes)
     config = config or default(sizes)
     grid = (triton.cdiv(shape.rows, config["ROWS"]),)
-    softmax[grid](
+    return [softmax[grid](
         *buffers,
         *sizes,
         INDEX=launches.index_type(buffers, shape.rows * shape.columns),
         **config.options(),
-    )
+    )]
 """,
     )

@@ -513,7 +513,7 @@ def launch(buffers, sizes, config=None, status=None):
     shape = extents(sizes)
     config = config or default(sizes)
     form = launch_decode if config.form == "decode" else launch_prefill
-    form(buffers, sizes, shape, config, status)
+    return form(buffers, sizes, shape, config, status)
 
 
 def launch_decode(buffers, sizes, shape, config, status):
@@ -527,20 +527,23 @@ def launch_decode(buffers, sizes, shape, config, status):
         peaks, totals = torch.empty(2, rows * splits, dtype=torch.float32, device=device)
     index = launches.index_type(buffers, 0)
     grid = (shape.pairs * splits,)
-    attention_decode[grid](
+    compiled = [attention_decode[grid](
         *buffers, *sizes, scratch, peaks, totals, splits, INDEX=index, **config.options()
-    )
+    )]
     if splits > 1:
         options = launches.combine_config(splits, 64).options()
-        attention_combine[(rows,)](
+        compiled += [attention_combine[(rows,)](
             buffers[4], *sizes, scratch, peaks, totals, splits, INDEX=index, **options
-        )
+        )]
+    return compiled
 
 
 def launch_prefill(buffers, sizes, shape, config, status):
     \"\"\"One launch on the current stream.\"\"\"
     tiles = triton.cdiv(shape.queries, config["BLOCK_M"])
     grid = (tiles * shape.pairs * shape.group,)
-    attention_prefill[grid](*buffers, *sizes, INDEX=launches.index_type(buffers, 0), **config.options())
+    return [attention_prefill[grid](
+        *buffers, *sizes, INDEX=launches.index_type(buffers, 0), **config.options()
+    )]
 """,
     )

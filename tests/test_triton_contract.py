@@ -442,7 +442,7 @@ def launch(buffers, sizes, config=None, status=None):
     BLOCK_N = config["BLOCK_N"]
     programs = (1000 + BLOCK_N - 1) // BLOCK_N
     grid = (programs,)
-    linear[grid](*buffers, INDEX=launches.index_type(buffers, shape.rows), **config.options())
+    return [linear[grid](*buffers, INDEX=launches.index_type(buffers, shape.rows), **config.options())]
 """,
     )
 
@@ -598,7 +598,9 @@ def launch(buffers, sizes, config=None, status=None):
     programs = (256 + BLOCK_N - 1) // BLOCK_N
     grid = (programs * triton.cdiv(shape.rows, config["BLOCK_M"]),)
     kernel = norm_gated_gemv if config.form == "gemv" else norm_gated_dot
-    kernel[grid](*buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options())
+    return [kernel[grid](
+        *buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options()
+    )]
 """,
     )
 
@@ -714,6 +716,8 @@ def launch(buffers, sizes, config=None, status=None):
     programs = (256 + BLOCK_N - 1) // BLOCK_N
     grid = (programs, shape.experts)
     kernel = experts_gemv if config.form == "gemv" else experts_dot
-    kernel[grid](*buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options())
+    return [kernel[grid](
+        *buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options()
+    )]
 """,
     )

@@ -13,7 +13,8 @@ import hashlib
 import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import sympy
@@ -25,11 +26,12 @@ from transformers import PreTrainedModel
 
 from llmcomp import compat
 from llmcomp.capture import capture_graph
-from llmcomp.codegen.assemble import Assembly, assemble_launch, record
+from llmcomp.codegen.assemble import Assembly, Launch, assemble_launch, record
 from llmcomp.codegen.build import Source
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.codegen.index import size
 from llmcomp.codegen.kernel import Contract, Kernel, Weight
+from llmcomp.codegen.launch import REGISTERS
 from llmcomp.codegen.lowered import Lowered, destination
 from llmcomp.errors import BuildError
 from llmcomp.passes import pipeline
@@ -295,8 +297,9 @@ def assembled_verdict(
 
     `wanted` is the bytes of the narrowest load of a weight in a launch of few rows.
     """
+    module = load(source)
     try:
-        found = assemblies(source, dtypes, sizes, capability)
+        found = [one for n in sizes for one in assemblies(module, dtypes, n, capability)]
     except BuildError as error:
         return "error", str(error)[:600]
     for one in found:
@@ -308,15 +311,27 @@ def assembled_verdict(
 
 
 def assemblies(
-    source: Source, dtypes: Sequence[torch.dtype], sizes: Sequence[Sequence[int]], capability: int
+    module: ModuleType, dtypes: Sequence[torch.dtype], sizes: Sequence[int], capability: int
 ) -> list[Assembly]:
-    """Each distinct launch of a kernel, compiled; nothing runs."""
-    module = load(source)
+    """The launches of a kernel for `sizes`, compiled as a launcher has them compiled; nothing runs."""
     buffers = [torch.empty(64, dtype=d, device="meta") for d in dtypes]
     status = torch.empty(1, dtype=torch.int32, device="meta")
-    launches = [one for n in sizes for one in record(module, buffers, n, status=status)]
-    distinct = {repr((x.function.__name__, x.signature, x.constants, x.options)): x for x in launches}
-    return [assemble_launch(one, capability) for one in distinct.values()]
+    found: list[Assembly] = []
+    for registers in REGISTERS:
+        config = replace(module.default(sizes), registers=registers)
+        found = [_assembled(one, capability) for one in record(module, buffers, sizes, config, status)]
+        if not any(one.spills for one in found):
+            break
+    return found
+
+
+def _assembled(launch: Launch, capability: int) -> Assembly:
+    """As `assemble_launch`, with memory."""
+    key = repr((launch.function.__name__, launch.signature, launch.constants, launch.options, capability))
+    memory: dict[str, Assembly] = launch.function.__dict__.setdefault("assemblies", {})
+    if key not in memory:
+        memory[key] = assemble_launch(launch, capability)
+    return memory[key]
 
 
 def load_bytes_wanted(kernel: Kernel) -> int:
