@@ -131,6 +131,11 @@ class Puller:
 
     def test(self, name: str, *args: Argument) -> Argument:
         """The value of an operation that gives a bool."""
+        if args and all(not isinstance(a, str | bool) for a in args):
+            args = (
+                self.named(args[0], self.dtype),
+                *args[1:],
+            )  # a comparison of constants has their dtype, not its own
         return self.emit(name, torch.bool, lambda out: Compute(out, name, args, torch.bool))
 
     def convert(self, value: Argument, dtype: torch.dtype) -> Argument:
@@ -168,11 +173,19 @@ class Puller:
         mask = self.mask
         return self.symbol(self.emit("index", torch.int64, lambda out: Check(out, name, extent, wrap, mask)))
 
+    def in_memory(self, node: Node) -> bool:
+        """Whether a node is loaded rather than computed here."""
+        return node not in self.special and not self.inside(node)
+
     def load(self, node: Node, index: Index, stem: str) -> Argument:
         """One element of a node that lies in memory."""
-        value = fake(node)
-        terms = (i * s for i, s in zip(index, sizes(value.stride()), strict=True))
-        position = self.space.joined(sympy.Add(*terms))
+        return self.load_at(
+            node, sympy.Add(*(i * s for i, s in zip(index, sizes(fake(node).stride()), strict=True))), stem
+        )
+
+    def load_at(self, node: Node, offset: sympy.Expr, stem: str = "x") -> Argument:
+        """The element `offset` elements behind the first of a node that lies in memory."""
+        value, position = fake(node), self.space.joined(offset)
         buffer, dtype, mask = self.buffer(node, stem), compute_dtype(value.dtype), self.mask
         loaded = self.emit(stem, dtype, lambda out: Load(out, buffer.name, position, dtype, mask))
         if not value.is_neg():

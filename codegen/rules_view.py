@@ -9,6 +9,7 @@ from torch.fx import Node
 from llmcomp.codegen.index import ZERO, Index, size, sizes
 from llmcomp.codegen.kernel import Argument
 from llmcomp.codegen.pull import Puller, Rule, broadcast, compute_dtype, fake
+from llmcomp.graph import is_contiguous
 from llmcomp.region import Unfit
 
 aten = torch.ops.aten
@@ -37,6 +38,8 @@ def identity(p: Puller, node: Node, index: Index) -> Argument:
 def reshape(p: Puller, node: Node, index: Index) -> Argument:
     """view, _unsafe_view, squeeze, unsqueeze: the same elements in row-major order."""
     source = _source(node)
+    if p.in_memory(source) and is_contiguous(fake(source)):
+        return p.load_at(source, p.space.flatten(index, sizes(fake(node).shape)))  # no detour by an index of its own
     return p.at(source, p.space.reshape(index, fake(node).shape, fake(source).shape))
 
 

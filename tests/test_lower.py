@@ -265,3 +265,15 @@ def test_scatters_into_slices_equal_eager() -> None:
         for ours, eager in zip(compiled(*inputs), fn(*inputs), strict=True):
             torch.testing.assert_close(ours, eager)
     assert not [k for k in kernels(fn, *inputs) if k.startswith("aten.")]
+
+
+@pytest.mark.parametrize("value", [-1, 2, 0.5])
+def test_a_comparison_of_constants_is_one_of_numbers(value: float) -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        constant = torch.full_like(x, value)
+        return constant >= 0, constant > 1, constant == value, torch.where(constant < 1, x, -x)
+
+    x = torch.randn(5)
+    for ours, eager in zip(torch.compile(fn, backend="llmcomp")(x), fn(x), strict=True):
+        assert torch.equal(ours, eager)
+    torch._dynamo.reset()
