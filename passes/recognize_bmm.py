@@ -9,9 +9,11 @@ of recurrent layers.
 from collections.abc import Callable
 
 import torch
+from torch import SymInt
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import FloorDiv
 
-from llmcomp.graph import Size, insert, replace, val
+from llmcomp.graph import Size, insert, is_view, replace, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.sizes import size_node, writable
@@ -26,7 +28,7 @@ def recognize_bmm(library: Callable[[Node], bool]) -> Pass:
     def run(graph: Graph, report: Report) -> None:
         ends: dict[tuple[str, str], Node] = {}
         for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
-            a, b = val(node.args[0]), val(node.args[1])  # type: ignore[arg-type]
+            a, b = val(node.args[0]), val(node.args[1])
             if a.dtype not in DTYPES or not all(writable(n) for n in (*a.shape, b.shape[2])):
                 report.miss(node, f"a product in {a.dtype}, of {tuple(a.shape)}")
             elif library(node):
@@ -46,9 +48,17 @@ def _rewrite(node: Node, known: dict[tuple[str, str], Node]) -> None:
     with graph.inserting_before(node):
         shape = [size_node(graph, n) for n in (batch * rows, depth)]
         flat = insert(graph, aten.reshape.default, a, shape)
-        product = insert(graph, torch.ops.llmcomp.grouped_linear.default, flat, b, ends, True)
+        product = insert(graph, torch.ops.llmcomp.grouped_linear.default, flat, _strided(b), ends, True)
         result = [size_node(graph, n) for n in (batch, rows, val(b).shape[2])]
         replace(node, insert(graph, aten.view.default, product, result))
+
+
+def _strided(matrices: Node) -> Node:
+    """The matrices, copied where they are a view whose strides are unclear: it merges axes of computed sizes."""
+    computed = any(isinstance(n, SymInt) and n.node.expr.has(FloorDiv) for n in val(matrices).shape)
+    if not (computed and is_view(matrices)):
+        return matrices
+    return insert(matrices.graph, aten.clone.default, matrices, memory_format=torch.contiguous_format)
 
 
 def _ends(node: Node, batch: Size, rows: Size, known: dict[tuple[str, str], Node]) -> Node:

@@ -12,15 +12,22 @@ import sympy
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from llmcomp.graph import Size, insert
 from llmcomp.passes.positions import constant
 
-_OPERATORS: Mapping[object, object] = {sympy.Add: operator.add, sympy.Mul: operator.mul}
+_OPERATORS: Mapping[object, object] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
 
 
 def writable(size: Size) -> bool:
-    """Whether `size_node` can compute a size: sums and products of the sizes of inputs."""
+    """Whether `size_node` can compute a size: sums, products and quotients of the sizes of inputs."""
     return constant(size) is not None or all(
         part.is_Symbol or part.is_Integer or part.func in _OPERATORS
         for part in sympy.preorder_traversal(_expression(size))

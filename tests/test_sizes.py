@@ -39,7 +39,16 @@ def test_numbers_stay_numbers():
     assert size_node(gm.graph, length - length + 2) == 2
 
 
-def test_quotients_are_not_written():
-    gm = graph(lambda x: x[: x.shape[0] // 3] + 1, torch.ones(7))
+def test_quotients_and_remainders():
+    gm = graph(lambda x: (x[: x.shape[0] // 3] + 1, x[: x.shape[0] % 4] * 2), torch.ones(7))
+    sizes = [
+        val(n).shape[0] for n in gm.graph.nodes if n.target in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
+    ]
+    assert all(writable(n) for n in sizes)
+    assert [evaluated(gm, n) for n in sizes] == [2, 3]
+
+
+def test_what_cannot_be_written():
+    gm = graph(lambda x: x[: torch.sym_max(x.shape[0] // 3, x.shape[0] - 5)] + 1, torch.ones(7))
     (result,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor)
     assert not writable(val(result).shape[0])
