@@ -76,14 +76,23 @@ def write(p: Puller, output: Node, index: Index) -> None:
     if output.target is torch.ops.llmcomp.cache_write_.default:
         positions, dim = output.args[2], int(output.args[3])  # type: ignore[arg-type]
         assert isinstance(positions, Node)
-        rank = fake(positions).dim()
-        position = p.at(positions, (index[dim],) if rank else (), "position")
-        where[dim] = p.checked(position, size(fake(target).shape[dim]), wrap=False)
+        where[dim] = _position(p, positions, index[dim], size(fake(target).shape[dim]))
     elif target is not value:
         shape = fake(target).shape
         where = [ZERO if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], sizes(shape), strict=True)]
     strides = sizes(fake(target).stride())
     p.store(buffer, sympy.Add(*(i * s for i, s in zip(where, strides, strict=True))), result)
+
+
+def _position(p: Puller, positions: Node, at: sympy.Expr, extent: sympy.Expr) -> sympy.Expr:
+    """Where along its dimension a cache is written for element `at` of the positions."""
+    if positions.target is aten.arange.start and p.inside(positions):
+        start = positions.args[0]
+        start = start.meta["val"] if isinstance(start, Node) else start
+        assert isinstance(start, int | torch.SymInt)
+        return sympy.expand(size(start) + at)  # a range that was made from sizes needs no check
+    position = p.at(positions, (at,) if fake(positions).dim() else (), "position")
+    return p.checked(position, extent, wrap=False)
 
 
 def body_of(p: Puller) -> K.Body:

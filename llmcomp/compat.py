@@ -112,6 +112,13 @@ def static_inputs() -> frozenset[int]:
     return frozenset() if metadata is None else frozenset(metadata.static_input_indices)
 
 
+def owners(tensor: torch.Tensor) -> int:
+    """How many tensors show the memory of `tensor`, itself included."""
+    count = private("torch._C", "_storage_Use_Count", "counts the tensors that share memory")
+    storage = tensor.untyped_storage()
+    return int(count(storage._cdata)) - 1  # the storage object is an owner too
+
+
 def real_tensors() -> AbstractContextManager[None]:
     """Let operators work on real tensors inside, also while AOTAutograd traces with fake ones."""
     disable = private("torch.utils._python_dispatch", "_disable_current_modes", "suspends fake tensors and tracing")

@@ -11,7 +11,7 @@ Letters in shapes: B batch, H heads, S sequence, D channels of a head, N and K o
 linear layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -258,6 +258,45 @@ def cache_write_(cache: Tensor, value: Tensor, position: Tensor, dim: int) -> No
 @cache_write_.register_fake
 def _(cache: Tensor, value: Tensor, position: Tensor, dim: int) -> None:
     return None
+
+
+@custom_op("llmcomp::cache_grow", mutates_args=())
+def cache_grow(past: Tensor, count: int, dim: int) -> Tensor:
+    """A cache that holds `past` and has `count` more slices along `dim`, to be written: zeros here, anything in
+    a program.
+
+    The result is laid out with `dim` outermost, so that what follows can be appended without moving it: a
+    program does not copy where `past` is such a cache with room behind it (llmcomp/headroom.py).
+    """
+    shape = [n + count if d == dim else n for d, n in enumerate(past.shape)]
+    grown = past.new_empty_strided(shape, outermost(shape, dim)).zero_()
+    grown.narrow(dim, 0, past.shape[dim]).copy_(past)
+    return grown
+
+
+@cache_grow.register_fake
+def _(past: Tensor, count: int, dim: int) -> Tensor:
+    shape = [n + count if d == dim else n for d, n in enumerate(past.shape)]
+    return past.new_empty_strided(shape, outermost(shape, dim))
+
+
+@custom_op("llmcomp::cache_room", mutates_args=())
+def cache_room(shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A cache to be written (zeros here, anything in a program), laid out with `dim` outermost as by cache_grow."""
+    return torch.empty_strided(shape, outermost(shape, dim), dtype=dtype, device=device).zero_()
+
+
+@cache_room.register_fake
+def _(shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(shape, outermost(shape, dim), dtype=dtype, device=device)
+
+
+def outermost(shape: Sequence[int], dim: int) -> list[int]:
+    """Strides of a tensor whose elements lie slice by slice along `dim`, each slice in row-major order."""
+    strides, step = [0] * len(shape), 1
+    for d in (*reversed([d for d in range(len(shape)) if d != dim]), dim):
+        strides[d], step = step, step * shape[d]
+    return strides
 
 
 OPS = torch.ops.llmcomp

@@ -10,6 +10,7 @@ from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblin
 from llmcomp.passes.groups import Fits, Library
 from llmcomp.passes.partition import partition
 from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
+from llmcomp.passes.recognize_append import RECOGNIZE_APPEND
 from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
 from llmcomp.passes.recognize_bmm import recognize_bmm
 from llmcomp.passes.recognize_cache import RECOGNIZE_CACHE
@@ -36,6 +37,7 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
         RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
         RECOGNIZE_GATED,  # act(gate) * up -> gated
         RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        RECOGNIZE_APPEND,  # cat of a past with new keys or values -> cache_grow and cache_write_
         recognize_bmm(library),  # products of batches of matrices -> grouped_linear
         CANONICALIZE,  # copies that only the old forms needed
         fuse_siblings(fits, library),  # q, k and v; gate and up: one kernel reads the operand once

@@ -25,7 +25,7 @@ LAYERS = (
     ("*",),
     ("llmcomp.backend",),
     ("llmcomp.explanation",),
-    ("llmcomp.bench_machine", "llmcomp.bench_model", "llmcomp.bench_peer", "llmcomp.bench"),
+    ("llmcomp.bench_machine", "llmcomp.bench_model", "llmcomp.bench_overhead", "llmcomp.bench_peer", "llmcomp.bench"),
     ("llmcomp",),
 )
 LATE_IMPORTS = {

@@ -43,6 +43,9 @@ class Sample:
 
 half = torch.bfloat16
 SAMPLES = {
+    "cache_grow": Sample(ops.cache_grow.default, (normal(2, 3, 4, 8), 2, 2)),
+    "cache_grow_outermost": Sample(ops.cache_grow.default, (normal(4, 8, dtype=half), 1, 0)),
+    "cache_room": Sample(ops.cache_room.default, ([2, 3, 4, 8], 2, torch.float32, torch.device("cpu"))),
     "linear": Sample(ops.linear.default, (normal(2, 3, 8), normal(5, 8), normal(5), False)),
     "linear_kn": Sample(ops.linear.default, (normal(3, 8), normal(8, 5), None, True)),
     "linear_vector": Sample(ops.linear.default, (normal(8, dtype=half), normal(5, 8, dtype=half), None, False)),
@@ -90,6 +93,13 @@ SAMPLES = {
 def test_operator_is_well_formed(name: str) -> None:
     sample = SAMPLES[name]
     torch.library.opcheck(sample.op, tuple(sample.args))
+
+
+def test_caches_lie_slice_after_slice() -> None:
+    past = normal(2, 3, 4, 8)
+    grown = ops.cache_grow(past, 2, 2)
+    assert grown.shape == (2, 3, 6, 8) and grown.stride() == (24, 8, 48, 1) and torch.equal(grown[:, :, :4], past)
+    assert ops.cache_room([2, 5, 3], 1, torch.float32, torch.device("cpu")).stride() == (3, 6, 1)
 
 
 def test_every_operator_has_a_sample() -> None:
