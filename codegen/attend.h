@@ -28,6 +28,23 @@ constexpr bool is_plain = false;
 template <>
 constexpr bool is_plain<Plain> = true;
 
+// A mask: look(flags, b, h, i, j, stop) says of the keys from j on whether query i sees them. Heads share it where not
+// BY_HEAD.
+template <bool BY_HEAD_, typename F>
+struct Masked {
+    static constexpr bool BY_HEAD = BY_HEAD_;
+    const F& look;
+    bool any(int64_t b, int64_t h, int64_t i, int64_t j, int64_t stop) const {
+        uint8_t flags[STRIDE] = {}, found = 0;
+        look(flags, b, h, i, j, stop);
+        for (int64_t n = 0; n < STRIDE; ++n) found |= flags[n];
+        return found;
+    }
+    static constexpr int64_t STRIDE = 64;
+};
+template <bool BY_HEAD, typename F>
+Masked<BY_HEAD, F> masked(const F& look) { return {look}; }
+
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
 // exp(x) for x <= 0, as op::exp but for results below the smallest normal float, which are 0.
@@ -162,10 +179,11 @@ struct Attention {
     }
 
     // One thread's share. start(i), end(i): the keys that query i may see; score(scores, b, h, i, j, stop): what
-    // happens to the scores of the keys from j on; sink(h): a logit without a value.
-    template <typename Start, typename End, typename Score, typename Sink>
+    // happens to the scores of the keys from j on; sink(h): a logit without a value; mask: see Masked.
+    template <typename Start, typename End, typename Score, typename Sink, typename Mask>
     void run(
-        char* memory, int64_t team, const Start& start, const End& end, const Score& score, const Sink& sink
+        char* memory, int64_t team, const Start& start, const End& end, const Score& score, const Sink& sink,
+        const Mask& mask
     ) const {
         const work::Member member(team);
         Scratch& s = ((Scratch*)memory)[member.rank];
@@ -175,7 +193,8 @@ struct Attention {
             const int64_t problem = item / splits, tile = problem % tiles(), head = problem / tiles();
             const int64_t b = head / kv_heads, kv = head % kv_heads;
             const int64_t first = tile * ROWS, count = op::minimum(ROWS, rows() - first);
-            prepare(s, first, count, item % splits, splits, start, end);
+            const auto narrow = [&](Row& row, int64_t r) { this->narrow(s, row, r, b, kv, first, mask); };
+            prepare(s, first, count, item % splits, splits, start, end, narrow);
             attend(s, b, kv, first, count, score);
             if (splits == 1) finish(s, b, kv, first, count, sink);
             else keep(s, parts + item * height, count);
@@ -188,16 +207,35 @@ struct Attention {
         }
     }
 
+    // Leave out the keys before the first and behind the last that row r sees: padding, and what a cache has not used.
+    template <typename Mask>
+    void narrow(Scratch& s, Row& row, int64_t r, int64_t b, int64_t kv, int64_t first, const Mask& mask) const {
+        if constexpr (!is_plain<Mask>) {
+            const int64_t i = (first + r) / GROUP, h = kv * GROUP + (first + r) % GROUP;
+            if (!Mask::BY_HEAD && r > 0 && (first + r - 1) / GROUP == i) {
+                row.first = s.rows[r - 1].first, row.stop = s.rows[r - 1].stop;
+                return;
+            }
+            const auto behind = [&] { return op::maximum(row.first, row.stop - Mask::STRIDE); };
+            const auto before = [&] { return op::minimum(row.stop, row.first + Mask::STRIDE); };
+            while (row.first < row.stop && !mask.any(b, h, i, behind(), row.stop)) row.stop = behind();
+            while (row.first < row.stop && !mask.any(b, h, i, row.first, before())) row.first = before();
+        }
+    }
+
     // Empty rows, with their visible keys; of those the part `split`.
-    template <typename Start, typename End>
+    template <typename Start, typename End, typename Narrow>
     void prepare(
-        Scratch& s, int64_t first, int64_t count, int64_t split, int64_t splits, const Start& start, const End& end
+        Scratch& s, int64_t first, int64_t count, int64_t split, int64_t splits, const Start& start, const End& end,
+        const Narrow& narrow
     ) const {
         int64_t low = keys, high = 0;
         for (int64_t r = 0; r < work::round_up(count, R); ++r) {
             const int64_t i = (first + op::minimum(r, count - 1)) / GROUP;
             Row& row = s.rows[r] = {-op::inff, 0, op::maximum<int64_t>(start(i), 0), op::minimum(end(i), keys)};
-            if (r >= count) row.first = row.stop = 0;
+            if (r < count) narrow(row, r);
+            else row.first = row.stop = 0;
+            if (row.first >= row.stop) continue;
             low = op::minimum(low, row.first);
             high = op::maximum(high, row.stop);
         }

@@ -41,6 +41,8 @@ class Locals:
     key_start: str = "key_start"
     key_end: str = "key_end"
     judge: str = "judge"
+    mask: str = "mask"
+    flags: str = "flags"
     sink: str = "sink"
 
     @staticmethod
@@ -64,7 +66,8 @@ class _Printer:
     @cached_property
     def scope(self) -> Scope:
         scores = Buffer(self.names.scores, torch.float32, written=True)
-        return make_scope([*self.kernel.buffers, scores], [self.kernel.score], {"score": torch.float32})
+        flags = Buffer(self.names.flags, torch.bool, written=True)
+        return make_scope([*self.kernel.buffers, scores, flags], [self.kernel.score], {"score": torch.float32})
 
     @property
     def arguments(self) -> list[str]:
@@ -132,6 +135,7 @@ class _Printer:
             for name, key in ((v.key_start, k.key_start), (v.key_end, k.key_end)):
                 w.line(f"const auto {name} = [&]({query}) -> int64_t {{ return {index(key)}; }};")
             passed = [v.memory, v.team, v.key_start, v.key_end, self.print_judge(w), self.print_sink(w)]
+            passed.append(self.print_visible(w))
             w.line(f"{v.attention}.run({', '.join(passed)});")
             if self.failing:
                 w.line("op::report(status, failed);")
@@ -150,6 +154,21 @@ class _Printer:
             print_span(w, body, k.keys, self.scope, seeds, loop(j, v.stop, v.first))
         w.printed[-1] += ";"
         return v.judge
+
+    def print_visible(self, w: Writer) -> str:
+        """The function that looks a run of keys up in the mask; returns what attend.h is given."""
+        k, v = self.kernel, self.names
+        if k.visible is None:
+            return "attend::Plain()"
+        j, body = k.keys.symbol, _used(k.score, k.visible)
+        body = (*body, Store(v.flags, j - _symbol(v.first), k.visible))
+        at = [f"int64_t {a.symbol}" for a in (k.batch, k.heads, k.queries)]
+        arguments = ", ".join([f"uint8_t* {v.flags}", *at, f"int64_t {v.first}", f"int64_t {v.stop}"])
+        with w.block(f"const auto {v.mask} = [&]({arguments})"):
+            print_span(w, body, k.keys, self.scope, {}, loop(j, v.stop, v.first))
+        w.printed[-1] += ";"
+        by_head = any(str(k.heads.symbol) in inputs(s) for s in body)
+        return f"attend::masked<{'true' if by_head else 'false'}>({v.mask})"
 
     def print_sink(self, w: Writer) -> str:
         """The function that gives the sink of a head; returns its name."""

@@ -234,7 +234,9 @@ class Attend:
     q.k, already computed) and leaves the final score in `score_value` (soft cap, bias, -inf where masked).
     Keys outside [`key_start`, `key_end`), expressions of the queries axis and sizes, are known to be masked
     and are not visited. Rows with no visible key give zeros. `sinks`, where given, is a buffer of one float
-    per head that joins the softmax denominator (and the maximum) without a value.
+    per head that joins the softmax denominator (and the maximum) without a value. `visible`, where given, names
+    a boolean value of the score body that does not read the score: where it is false the score is -inf, so a
+    printer may evaluate it first and skip keys that nobody sees (the unused end of a static cache, padding).
     """
 
     name: str
@@ -257,6 +259,7 @@ class Attend:
     key_start: sympy.Expr
     key_end: sympy.Expr
     sinks: str | None = None
+    visible: str | None = None
 
 
 Kernel = Map | Rows | Contract | Attend

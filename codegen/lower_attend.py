@@ -1,6 +1,7 @@
 """Lowering of attention: strided q, k and v, and everything that happens to a score as its body."""
 
 from collections.abc import Set
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -34,7 +35,7 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
     space = Space({a.symbol: a.size for a in (batch, heads, queries, keys)})
     p = Puller(space, members(region, inlined).__contains__, rules())
     q_at, k_at, v_at = (_strided(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v")))
-    value, start, end = _score(p, node, (b, h, i, j), queries, keys)
+    score = _score(p, node, (b, h, i, j), queries, keys)
     sinks = argument(node, "sinks")
     sink_buffer = p.buffer(sinks, "sinks").name if isinstance(sinks, Node) else None
     if isinstance(sinks, Node) and sinks in members(region, inlined):
@@ -48,7 +49,7 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
             kernel_name(region), buffers, symbols, batch, heads, queries, keys, group,
             hint(fake(q).shape[3]), hint(fake(v).shape[3]), q_at, k_at, v_at, destination,
             float(argument(node, "scale")),  # type: ignore[arg-type]
-            tuple(p.statements), value, start, end, sink_buffer,
+            tuple(p.statements), score.value, score.key_start, score.key_end, sink_buffer, score.visible,
         ),
     )  # fmt: skip
 
@@ -70,10 +71,18 @@ def _strided(p: Puller, node: Node, stem: str) -> K.Strided:
     return K.Strided(load.buffer, strides, offset)
 
 
-def _score(
-    p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis, keys: K.Axis
-) -> tuple[str, sympy.Expr, sympy.Expr]:
-    """(final score, first key, end of keys): soft cap, mask, causal and window limits."""
+@dataclass(frozen=True)
+class Score:
+    """The final score, the keys that structure leaves, and the value that says which of them a mask leaves."""
+
+    value: str
+    key_start: sympy.Expr
+    key_end: sympy.Expr
+    visible: str | None
+
+
+def _score(p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis, keys: K.Axis) -> Score:
+    """Soft cap, mask, causal and window limits, as statements."""
     i, j = at[2], at[3]
     p.dtype = torch.float32
     p.dtypes["score"] = torch.float32
@@ -81,14 +90,15 @@ def _score(
     score: K.Argument = "score"
     if cap := float(argument(node, "softcap")):  # type: ignore[arg-type]
         score = p.op("mul", p.op("tanh", p.op("div", score, cap)), cap)
-    mask = argument(node, "mask")
+    mask, visible = argument(node, "mask"), None
     if isinstance(mask, Node):
         index = (
             broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
         )
         seen = p.at(mask, index, "mask")
         if fake(mask).dtype == torch.bool:
-            score = p.op("where", seen, score, NEGATIVE_INFINITY)
+            visible = p.named(seen, torch.bool)
+            score = p.op("where", visible, score, NEGATIVE_INFINITY)
         else:
             score = p.op("add", score, p.convert(seen, torch.float32))
     causal, window = bool(argument(node, "causal")), int(argument(node, "window"))  # type: ignore[call-overload]
@@ -110,4 +120,4 @@ def _score(
             score = p.op("where", visible, score, NEGATIVE_INFINITY)
     if queries.size == 1:
         start, end = start.subs(i, 0), end.subs(i, 0)
-    return p.named(score, torch.float32), start, end
+    return Score(p.named(score, torch.float32), start, end, visible)

@@ -35,6 +35,7 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "exp": torch.exp,
     "le": torch.le,
     "lt": torch.lt,
+    "logical_and": torch.logical_and,
     "gt": torch.gt,
     "where": torch.where,
     "convert": lambda x: x,

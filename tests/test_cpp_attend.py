@@ -36,6 +36,7 @@ class Case:
     key_end: sympy.Expr = SK
     value_dim: int | None = None
     mask: torch.dtype | None = None
+    visible: str | None = None
     sinks: bool = False
     spread: bool = False
     """Channels are not neighbours in memory."""
@@ -65,6 +66,13 @@ BOOL_MASK = (
     Load("visible", "mask", (b * SQ + i) * SK + j, BOOL),
     Compute("masked", "where", ("visible", "score", MINUS_INFINITY), F32),
 )
+HEAD_MASK = (
+    Load("visible", "mask", (b * SQ + i) * SK + j, BOOL),
+    Index("head", h, I64),
+    Compute("even", "lt", ("head", 2), BOOL),
+    Compute("seen", "logical_and", ("visible", "even"), BOOL),
+    Compute("masked", "where", ("seen", "score", MINUS_INFINITY), F32),
+)
 FLOAT_MASK = (
     Load("bias", "mask", ((b * 8 + h) * SQ + i) * SK + j, F32),
     Compute("biased", "add", ("score", "bias"), F32),
@@ -83,6 +91,8 @@ CASES = [
     Case("causal", BF16, 4, 2, 64, CAUSAL, "causal", key_end=AFTER),
     Case("window", F32, 2, 2, 64, WINDOW, "window", sympy.Max(0, POSITION - 19), AFTER),
     Case("bool_mask", BF16, 1, 3, 128, BOOL_MASK, "masked", mask=BOOL),
+    Case("used", BF16, 4, 2, 64, BOOL_MASK, "masked", mask=BOOL, visible="visible"),
+    Case("used_by_head", F32, 2, 2, 16, HEAD_MASK, "masked", mask=BOOL, visible="seen"),
     Case("float_mask", F16, 8, 1, 32, FLOAT_MASK, "biased", mask=F16),
     Case("soft_cap", F32, 1, 2, 80, SOFT_CAP, "capped", value_dim=48, sinks=True),
     Case("alibi", BF16, 3, 1, 256, ALIBI, "slanted", key_end=AFTER, mask=F32),
@@ -123,6 +133,7 @@ def kernel(case: Case) -> Attend:
         case.key_start,
         case.key_end,
         "sinks" if case.sinks else None,
+        case.visible,
     )
 
 
@@ -181,6 +192,25 @@ def test_rows_without_a_visible_key_are_zeros(library: Library) -> None:
         given[3][:, 0] = False
         library.call(case.name, given, (1, queries, 40))
         assert (given[-1][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_keys_that_nobody_sees_are_not_read(library: Library, queries: int) -> None:
+    """The unused end of a cache and the padding before a prompt may hold anything, a block further on."""
+    case, keys = BY_NAME["used"], 900
+    for threads in (1, 3):
+        given = tensors(case, 2, queries, keys)
+        mask = torch.zeros(2, queries, keys, dtype=torch.bool)
+        mask[0, :, 200:330] = mask[1, :, :3] = True
+        mask[0, 0] = False
+        given[3], hostile = mask, torch.ones(keys, dtype=torch.bool)
+        expected = attend(kernel(case), given, (2, queries, keys))[-1]
+        for batch, (start, stop) in enumerate(((136, 394), (0, 67))):
+            hostile[:], hostile[start:stop] = True, False
+            for operand in given[1:3]:
+                operand[batch, :, hostile] = torch.nan
+        library.call(case.name, given, (2, queries, keys), threads)
+        assert (given[-1].double() - expected).abs().max() < 1e-2 and (given[-1][0, 0] == 0).all()
 
 
 def test_nan_reaches_the_rows_that_see_it(library: Library) -> None:
@@ -260,7 +290,7 @@ static void soft_cap_part(
         }
     };
     const auto sink = [&](int64_t h) -> float { return sinks[h]; };
-    attention.run(memory, team, key_start, key_end, judge, sink);
+    attention.run(memory, team, key_start, key_end, judge, sink, attend::Plain());
 }
 
 extern "C" void soft_cap(
