@@ -208,7 +208,7 @@ def check(case: Case, config: object = None) -> None:
 
 
 PREFILL = Case(45, 45)
-DECODE = Case(1, 300)
+DECODE = Case(1, 140)  # in two parts
 
 
 @interpreted
@@ -229,7 +229,7 @@ VARIANTS = [
     {"alibi": True},
     {"sinks": True},
     {"sinks": True, "window": 9, "softcap": 5.0, "mask": "bool", "heads": 4},
-    {"batch": 3, "heads": 6, "kv_heads": 2},
+    {"batch": 2, "heads": 6, "kv_heads": 2},
     {"dim": 24, "value_dim": 20},
     {"dim": 16, "value_dim": 40},
     {"offset": 3},
@@ -239,31 +239,37 @@ VARIANTS = [
 
 @interpreted
 @pytest.mark.parametrize("change", VARIANTS)
-@pytest.mark.parametrize("case", [PREFILL, DECODE, Case(3, 200, heads=8, kv_heads=2)])
+@pytest.mark.parametrize("case", [PREFILL, DECODE])
 def test_variants(change: dict[str, object], case: Case) -> None:
     check(replace(case, **change))  # type: ignore[arg-type]
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [16, 32, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("change", VARIANTS[2:11:2])
+def test_variants_of_several_queries_of_a_group(change: dict[str, object]) -> None:
+    check(replace(Case(3, 70, heads=4, kv_heads=2), **change))  # type: ignore[arg-type]
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [16, 32, 40, 64, 96, 128, 256])
 def test_head_sizes(dim: int) -> None:
     check(replace(PREFILL, dim=dim, queries=33, keys=40, symbolic=False))
     check(replace(DECODE, dim=dim, keys=70, symbolic=False))
 
 
 @interpreted
-@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 64, 65, 1000])
+@pytest.mark.parametrize("keys", [1, 16, 17, 64, 65, 270])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_numbers_of_keys(keys: int, queries: int) -> None:
     check(Case(queries, keys, heads=4, kv_heads=2, offset=max(keys - queries, 0)))
 
 
 @interpreted
-@pytest.mark.parametrize("case", [replace(PREFILL, window=20), replace(DECODE, window=200, heads=4)])
+@pytest.mark.parametrize("case", [replace(PREFILL, window=20), replace(DECODE, window=90, heads=4)])
 def test_every_configuration_gives_the_same(case: Case) -> None:
     configs = every_config(attend(case), [case.queries, case.keys])
     assert len(configs) >= 12
-    for config in configs[:: len(configs) // 5]:
+    for config in configs[:: len(configs) // 4]:
         check(case, config)
 
 
@@ -274,8 +280,8 @@ def test_the_context_is_split() -> None:
     assert module.extents([1, 5000]).keys == 5000
     parts = module.launches.splits(module.extents([1, 5000]), 64, torch.device("cpu"))
     assert parts == 39
-    check(replace(DECODE, keys=5000, kv_heads=1))
-    check(replace(DECODE, keys=900, window=500))
+    check(replace(DECODE, keys=1100, kv_heads=1))
+    check(replace(DECODE, keys=500, window=300))
 
 
 def test_forms() -> None:

@@ -141,7 +141,7 @@ def test_every_configuration_gives_the_same(rows: int) -> None:
     kernel = linear(S0, 320, 40, F32)
     configs = every_config(kernel, [rows])
     assert len(configs) >= 8
-    for config in configs[:: len(configs) // 6]:
+    for config in configs[:: len(configs) // 4]:
         buffers = linear_buffers(rows, 320, 40, F32, False)
         run(kernel, buffers, [rows], config=config)
         assert_equal_float32(buffers[-1], linear_exact(buffers, False).float())
@@ -274,7 +274,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, n
 @interpreted
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("rows,k,dim", [(1, 64, 32), (3, 48, 24), (20, 48, 24)])
+@pytest.mark.parametrize("rows,k,dim", [(3, 48, 24), (20, 64, 32)])
 def test_qkv_with_rotary_halves(normed: bool, dtype: torch.dtype, rows: int, k: int, dim: int) -> None:
     heads, kv_heads = 4, 2
     shapes = ((rows, k), (k,), (heads * dim, k), (kv_heads * dim, k), (kv_heads * dim, k))
