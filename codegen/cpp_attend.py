@@ -213,7 +213,9 @@ def without_limits(kernel: Attend) -> Attend:
                 continue
         body.append(given)
     result = renamed.get(kernel.score_value, kernel.score_value)
-    return replace(kernel, score=_used(body, result), score_value=result)
+    kept = _used(body, result)
+    visible = kernel.visible if kernel.visible in {s.out for s in kept if not isinstance(s, Store)} else None
+    return replace(kernel, score=kept, score_value=result, visible=visible)
 
 
 def _renamed(s: Statement, names: dict[str, str]) -> Statement:

@@ -229,6 +229,8 @@ def test_nothing_to_attend(library: Library) -> None:
 def test_limits_that_the_range_of_keys_implies_are_not_printed() -> None:
     for name in ("causal", "window"):
         assert "visible" not in render_attend(kernel(BY_NAME[name])).text
+    causal = replace(kernel(BY_NAME["causal"]), visible="causal_visible")
+    assert "masked" not in render_attend(causal).text  # a mask that is no more than such a limit
     unbounded = replace(kernel(BY_NAME["causal"]), key_end=SK)
     assert "causal_visible" in render_attend(unbounded).text
 
