@@ -3,11 +3,11 @@
     x * cos + cat([-x[R/2:], x[:R/2]]) * sin                     ->  rope(x, cos, sin, interleaved=False)
     x * cos + view(cat([-x[1::2], x[::2]])) * sin                ->  rope(x, cos, sin, interleaved=True)
     cat([x[:R/2] * c - x[R/2:] * s, x[R/2:] * c + x[:R/2] * s])  ->  rope(x, cat([c, c]), cat([s, s]), False)
+    products of complex numbers                                  ->  rope_complex.py
 
 A rotation the other way (cat([x[R/2:], -x[:R/2]])) gets -sin. Even and odd channels whose turned values are
 joined as halves (DeepSeek) are joined before the rope instead. Casts of x to float32 before and back after
-are taken in. A rotation of a part of the channels stays a slice, a rope and a cat. Complex products are left
-alone.
+are taken in. A rotation of a part of the channels stays a slice, a rope and a cat.
 """
 
 import operator
@@ -23,6 +23,7 @@ from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.layout import adopt
 from llmcomp.passes.match import is_cast, is_last_axis, narrowed, operands, other_operand, uncast
+from llmcomp.passes.rope_complex import rewrite_complex
 from llmcomp.passes.sizes import size_node
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ class Rotated:
 
 def _run(graph: Graph, report: Report) -> None:
     for node in list(graph.nodes):
-        report.rewrites += _whole(node, report) or _by_halves(node, report)
+        report.rewrites += _whole(node, report) or _by_halves(node, report) or rewrite_complex(node, _paired)
 
 
 RECOGNIZE_ROPE = Pass("recognize_rope", _run, needs=frozenset({SHAPES}))
@@ -278,6 +279,10 @@ def _rewrite_halves(node: Node, halves: Halves, interleaved: bool) -> None:
     with graph.inserting_before(last):
         new = insert(graph, OPS.rope.default, x, cos, sin, interleaved, *dtype)
     adopt(last, new)
+
+
+def _paired(before: Node, angle: Node) -> Node:
+    return _doubled(before, angle, interleaved=True)
 
 
 def _doubled(before: Node, angle: Node, interleaved: bool) -> Node:

@@ -8,10 +8,12 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from transformers.models.codegen.modeling_codegen import apply_rotary_pos_emb as codegen
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb as deepseek_v2
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave as deepseek
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm
 from transformers.models.gpt_oss.modeling_gpt_oss import _apply_rotary_emb as gpt_oss
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as llama4
 from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb as nanochat
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision as vision
 
@@ -106,6 +108,60 @@ rope: f32[s0, s2, s1, 8] = llmcomp.rope(transpose, unsqueeze, unsqueeze_1, False
 rope_1: f32[s0, 1, s1, 8] = llmcomp.rope(transpose_1, unsqueeze, unsqueeze_1, False)
 return (rope, rope_1)""",
     )
+
+
+def complex_llama4(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return llama4(q, k, torch.complex(cos[..., : D // 2].float(), sin[..., : D // 2].float()))
+
+
+def complex_deepseek(q: Tensor, k: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    return deepseek_v2(q.transpose(1, 2), k.transpose(1, 2), torch.polar(torch.ones_like(angle), angle) * 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_complex_numbers(dtype: torch.dtype) -> None:
+    printed, results = rewrite(complex_llama4, inputs(dtype), *PASSES)
+    assert results[2].report.rewrites == 2 and printed.count("llmcomp.rope") == 2
+    q, k = inputs(dtype)[:2]
+    printed, results = rewrite(complex_deepseek, (q, k, normal(B, S, D // 2)), *PASSES)
+    assert results[2].report.rewrites == 2 and "complex" not in printed
+    assert printed.count("aten.cos") == 1  # queries and keys read the same angles
+
+
+def test_complex_before_and_after() -> None:
+    q, k = normal(1, S, H, D), normal(1, S, 1, D, seed=2)
+    printed, _ = rewrite(complex_deepseek, (q, k, normal(1, S, D // 2)), *PASSES)
+    assert_expected_inline(
+        printed,
+        """\
+def (x0: f32[1, 5, 3, 8], x1: f32[1, 5, 1, 8], x2: f32[1, 5, 4])
+transpose: f32[1, 3, 5, 8] = aten.transpose(x0, 1, 2)
+transpose_1: f32[1, 1, 5, 8] = aten.transpose(x1, 1, 2)
+cos: f32[1, 5, 4] = aten.cos(x2)
+sin: f32[1, 5, 4] = aten.sin(x2)
+mul: f32[1, 5, 4] = aten.mul(cos, 1.5)
+mul_1: f32[1, 5, 4] = aten.mul(sin, 1.5)
+unsqueeze: f32[1, 1, 5, 4] = aten.unsqueeze(mul, 1)
+unsqueeze_1: f32[1, 1, 5, 4] = aten.unsqueeze(mul_1, 1)
+unsqueeze_2: f32[1, 1, 5, 4, 1] = aten.unsqueeze(unsqueeze, -1)
+cat: f32[1, 1, 5, 4, 2] = aten.cat([unsqueeze_2, unsqueeze_2], -1)
+view: f32[1, 1, 5, 8] = aten.view(cat, [1, 1, 5, -1])
+unsqueeze_3: f32[1, 1, 5, 4, 1] = aten.unsqueeze(unsqueeze_1, -1)
+cat_1: f32[1, 1, 5, 4, 2] = aten.cat([unsqueeze_3, unsqueeze_3], -1)
+view_1: f32[1, 1, 5, 8] = aten.view(cat_1, [1, 1, 5, -1])
+rope: f32[1, 3, 5, 8] = llmcomp.rope(transpose, view, view_1, True)
+rope_1: f32[1, 1, 5, 8] = llmcomp.rope(transpose_1, view, view_1, True)
+return (rope, rope_1)""",
+    )
+
+
+def test_other_products_of_complex_numbers_stay() -> None:
+    def fn(x: Tensor, angle: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.view(S, D // 2, 2)) * torch.polar(angle, angle)
+        return torch.view_as_real(turned)  # the pairs stay apart
+
+    printed, results = rewrite(fn, (normal(S, D), normal(S, D // 2)), *PASSES)
+    assert "llmcomp.rope" not in printed and results[2].report.rewrites == 0
 
 
 def test_casts_are_taken_in() -> None:
