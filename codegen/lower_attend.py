@@ -90,7 +90,7 @@ def _score(p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis,
     score: K.Argument = "score"
     if cap := float(argument(node, "softcap")):  # type: ignore[arg-type]
         score = p.op("mul", p.op("tanh", p.op("div", score, cap)), cap)
-    mask, visible = argument(node, "mask"), None
+    mask, visible = argument(node, "mask"), ""
     if isinstance(mask, Node):
         index = (
             broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
@@ -120,4 +120,4 @@ def _score(p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis,
             score = p.op("where", visible, score, NEGATIVE_INFINITY)
     if queries.size == 1:
         start, end = start.subs(i, 0), end.subs(i, 0)
-    return Score(p.named(score, torch.float32), start, end, visible)
+    return Score(p.named(score, torch.float32), start, end, visible or None)
