@@ -90,7 +90,8 @@ def _score(p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis,
     score: K.Argument = "score"
     if cap := float(argument(node, "softcap")):  # type: ignore[arg-type]
         score = p.op("mul", p.op("tanh", p.op("div", score, cap)), cap)
-    mask, visible = argument(node, "mask"), ""
+    mask = argument(node, "mask")
+    visible: str | None = None
     if isinstance(mask, Node):
         index = (
             broadcast(at, fake(mask)) if fake(mask).dim() == 4 else broadcast(at[4 - fake(mask).dim() :], fake(mask))
@@ -116,8 +117,8 @@ def _score(p: Puller, node: Node, at: tuple[sympy.Symbol, ...], queries: K.Axis,
             limits.append(("lt", j - position, window))
     if queries.size != 1:
         for op, distance, bound in limits:
-            visible = p.test(op, p.named(p.integer(sympy.expand(distance)), torch.int64), bound)
-            score = p.op("where", visible, score, NEGATIVE_INFINITY)
+            near = p.test(op, p.named(p.integer(sympy.expand(distance)), torch.int64), bound)
+            score = p.op("where", near, score, NEGATIVE_INFINITY)
     if queries.size == 1:
         start, end = start.subs(i, 0), end.subs(i, 0)
-    return Score(p.named(score, torch.float32), start, end, visible or None)
+    return Score(p.named(score, torch.float32), start, end, visible)
