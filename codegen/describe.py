@@ -32,7 +32,8 @@ def _lines(kernel: K.Kernel) -> Iterator[str]:
             yield f"  for {axes}; {kernel.group} query heads a key head; head {kernel.head_dim}, {kernel.value_dim}"
             yield f"  keys from {kernel.key_start} to {kernel.key_end}; scale {kernel.scale:.6g}"
             yield from _body(kernel.score, "    ")
-            yield f"  score = {kernel.score_value}"
+            hidden = "" if kernel.visible is None else f", hidden where not {kernel.visible}"
+            yield f"  score = {kernel.score_value}{hidden}"
 
 
 def _buffer(buffer: K.Buffer) -> str:
