@@ -70,6 +70,7 @@ class Locals:
     operand: str = "operand"
     line: str = "line"
     expert: str = "expert"
+    matrix: str = "matrix"
     block: str = "block"
     first_row: str = "first_row"
     end: str = "end"
@@ -254,7 +255,7 @@ class _Printer:
 
     @contextmanager
     def print_blocks(self, w: Writer) -> Iterator[None]:
-        """The loops over experts and over the blocks of their rows."""
+        """The loops over experts and over the blocks of their rows; rows beyond those of the last one are zeros."""
         k, v = self.kernel, self.names
         if k.experts is None:
             head = f"for (int64_t {v.block} = 0; {v.block} < {v.rows}; {v.block} += contract::BLOCK)"
@@ -262,10 +263,12 @@ class _Printer:
                 w.line(f"const int64_t {v.stop_row} = op::minimum({v.block} + contract::BLOCK, {v.rows});")
                 yield
             return
-        with w.block(loop(v.expert, index(k.expert_count))):
+        count = index(k.expert_count)
+        with w.block(f"for (int64_t {v.expert} = 0; {v.expert} <= {count}; ++{v.expert})"):
             ends = f"op::clamp_index({k.experts}[{v.expert}{{}}], {v.rows} + 1)"
+            w.line(f"const int64_t {v.matrix} = op::minimum({v.expert}, {count} - int64_t(1));")
             w.line(f"const int64_t {v.first_row} = {v.expert} == 0 ? 0 : {ends.format(' - 1')};")
-            w.line(f"const int64_t {v.end} = {ends.format('')};")
+            w.line(f"const int64_t {v.end} = {v.expert} == {count} ? {v.rows} : {ends.format('')};")
             head = f"for (int64_t {v.block} = {v.first_row}; {v.block} < {v.end}; {v.block} += contract::BLOCK)"
             with w.block(head):
                 w.line(f"const int64_t {v.stop_row} = op::minimum({v.block} + contract::BLOCK, {v.end});")
@@ -279,7 +282,12 @@ class _Printer:
         w.line(f"float* const {v.line} = {v.operand}.line;")
         with w.block(f"for (int64_t {v.row} = {v.packing}.first; {v.row} < {v.packing}.last; ++{v.row})"):
             w.line(f"const int64_t {k.rows.symbol} = {v.block} + {v.row};")
-            print_phases(w, body, k.depth, self.scope)
+            if k.experts is None:
+                print_phases(w, body, k.depth, self.scope)
+            else:
+                with w.block(f"if ({v.expert} < {index(k.expert_count)})"):
+                    print_phases(w, body, k.depth, self.scope)
+                w.printed[-1] += f" else __builtin_memset({v.line}, 0, {v.depth} * sizeof(float));"
             w.line(f"{v.operand}.pack({v.row});")
         w.line(f"{v.operand}.finish();")
 
@@ -322,7 +330,7 @@ class _Printer:
         row = a.row.subs(tiles.last.symbol, first)
         at = weight.offset + row * weight.row_stride
         if self.kernel.experts is not None:
-            at += _symbol(v.expert) * weight.expert_stride
+            at += _symbol(v.matrix) * weight.expert_stride
         text = f"{weight.buffer} + {index(sympy.expand(at))}"
         across, along = steps(tiles.section, a)
         if along != 1 and not self.wide:
