@@ -3,6 +3,7 @@
     python -m llmcomp.bench                                          Llama-3.2-1B's dimensions, random weights
     python -m llmcomp.bench --model tiny --peers eager,llmcomp --json out.json
     python -m llmcomp.bench --config Qwen3Config --set num_hidden_layers=8 --dtype float32
+    python -m llmcomp.bench --context 64,2048                        decoding behind long prompts too
     python -m llmcomp.bench --overhead                               what a call costs beside its kernels
 
 Every peer is a process of its own, started twice: with empty caches (cold) and with those that this left
@@ -103,9 +104,10 @@ def running(peer: str, setup: Setup, caches: Path) -> Iterator[Process]:
         process.close()
 
 
-def loads(batches: Sequence[int], prefill: int, new: int) -> tuple[Load, ...]:
-    """Decoding at every batch size, and prefill."""
-    decode = [Load(f"decode b{batch}", batch, 64, new) for batch in batches]
+def loads(batches: Sequence[int], contexts: Sequence[int], prefill: int, new: int) -> tuple[Load, ...]:
+    """Decoding at every batch size behind prompts of every length, and prefill."""
+    first = contexts[0]
+    decode = [Load(f"decode b{b}{'' if c == first else f' at {c}'}", b, c, new) for c in contexts for b in batches]
     return (*decode, Load(f"prefill {prefill}", 1, prefill, 2))
 
 
@@ -222,6 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", default=DEFAULT_PEERS, help=f"with commas, of {', '.join(PEERS)}")
     parser.add_argument("--batch", default="1,8", help="batch sizes of decoding, with commas")
+    parser.add_argument("--context", default="64", help="tokens of the prompts before decoding, with commas")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--new", type=int, default=33, help="tokens that a decoding run generates")
     parser.add_argument("--rounds", type=int, default=5)
@@ -258,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.overhead:
         print(f"{describe('cpu', setup.threads)}\n{measure_overhead(setup)}")
         return
-    work = loads([int(b) for b in args.batch.split(",")], args.prefill, args.new)
+    batches, contexts = ([int(n) for n in text.split(",")] for text in (args.batch, args.context))
+    work = loads(batches, contexts, args.prefill, args.new)
     machine = describe(setup.device, setup.threads)
     results, speeds = measure(names, setup, work, args.rounds, not args.no_cold)
     bandwidth = statistics.median(speeds)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcomp.bench import Load, Measured, main, parse, rate, setting, setup_of, table
+from llmcomp.bench import Load, Measured, loads, main, parse, rate, setting, setup_of, table
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_overhead import decoding_step, measure_overhead, without_kernels
@@ -37,6 +37,11 @@ def test_the_table_holds_medians() -> None:
     lines = table(peers, work, 40e9).splitlines()
     assert lines[2] == "| eager | 10.0 | 6.0 | 3.0 | 2.0 | 2.00 | 25% | 4/4 |"
     assert lines[3] == "| llmcomp | 10.0 | 6.0 | - | 2.0 | 2.00 | 25% | 3/4 |"
+
+
+def test_loads_of_every_batch_and_context() -> None:
+    names = [w.name for w in loads([1, 8], [64, 900], 512, 33)]
+    assert names == ["decode b1", "decode b8", "decode b1 at 900", "decode b8 at 900", "prefill 512"]
 
 
 def test_the_command_line_makes_the_model() -> None:
