@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from llmcomp.codegen.build import Cache, Source
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.launch import REGISTERS, Config
 from llmcomp.codegen.tune import UNFIT, ShapeClass, Timer, find, gpu_timer, keep, search, shape_class
 

@@ -15,7 +15,8 @@ import torch
 import triton
 from triton.compiler.errors import CompilationError
 
-from llmcomp.codegen.build import Cache, Source
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.launch import Config, power
 
 # Seconds of a launch; raises what Triton raises for a configuration that the device cannot run.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from llmcomp.codegen.build import Cache, Source, build
+from llmcomp.codegen.build import Source, build
+from llmcomp.codegen.cache import Cache
 from llmcomp.errors import BuildError
 from llmcomp.options import read_options
 

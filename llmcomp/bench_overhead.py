@@ -20,7 +20,8 @@ from transformers import StaticCache
 from llmcomp.backend import compile_aten
 from llmcomp.bench_model import Setup
 from llmcomp.capture import capture
-from llmcomp.codegen.build import Cache, build
+from llmcomp.codegen.build import build
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_plan import render_plan
 from llmcomp.hostcode import plan_function
 from llmcomp.options import read_options

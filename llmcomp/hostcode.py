@@ -26,7 +26,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from llmcomp import headroom
 from llmcomp.arena import Arena, Lifetime, plan_arena
-from llmcomp.codegen.build import Built, Cache, Source, build
+from llmcomp.codegen.build import Built, Source, build
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
 from llmcomp.codegen.index import size, sizes
 from llmcomp.codegen.kernel import checks

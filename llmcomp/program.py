@@ -17,7 +17,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from llmcomp import hostcode
-from llmcomp.codegen.build import Built, Cache, Source, build, find_compiler
+from llmcomp.codegen.build import Built, Source, build, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.codegen.lowered import Lowered
 from llmcomp.codegen.render import render_cpp, render_triton

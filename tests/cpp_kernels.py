@@ -10,7 +10,8 @@ from pathlib import Path
 import sympy
 import torch
 
-from llmcomp.codegen.build import HEADERS, Cache, Compiler, Source, build, find_compiler
+from llmcomp.codegen.build import HEADERS, Compiler, Source, build, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp import render
 from llmcomp.codegen.kernel import Map, Rows
 

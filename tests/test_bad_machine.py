@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
 
 from llmcomp import program
-from llmcomp.codegen import build
+from llmcomp.codegen import build, cache
 from llmcomp.codegen.build import Source
 from llmcomp.errors import BuildError, CacheError
 from llmcomp.report import GraphReport
@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_written(
         warnings.simplefilter("always")
         assert_close(run(model, folder), model(X))
     (text,) = warned(caught)
-    overflow = build.overflow_folder()
+    overflow = cache.overflow_folder()
     assert f"cannot write to {folder} ({reason})" in text and str(overflow) in text and "Set LLMCOMP_CACHE" in text
     assert graphs[0].program.kernels and all(k.source.parent == overflow for k in graphs[0].program.kernels)
     assert stat.S_IMODE(overflow.stat().st_mode) == 0o700 and not list(folder.iterdir())
@@ -116,7 +116,7 @@ def test_kernels_in_a_read_only_cache_are_used(
 
 def test_no_folder_can_be_written(model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full(folder, monkeypatch)
-    build.overflow_folder().write_text("")  # a file stands in its place
+    cache.overflow_folder().write_text("")  # a file stands in its place
     with (
         warnings.catch_warnings(),
         pytest.raises(BackendCompilerFailed, match="CacheError: expected a folder") as caught,

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from llmcomp.codegen import build as module
-from llmcomp.codegen.build import Cache, Compiler, Source, build, file_stem, find_compiler, seal, sealed
+from llmcomp.codegen import cache as storage
+from llmcomp.codegen.build import Compiler, Source, build, file_stem, find_compiler
+from llmcomp.codegen.cache import Cache, seal, sealed
 from llmcomp.errors import BuildError, CacheError
 
 SOURCE = Source(
@@ -169,7 +171,7 @@ def test_folder_that_others_can_write_is_refused(cache: Cache, mode: int) -> Non
 
 def test_folder_of_somebody_else_is_refused(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     build([SOURCE], cache)
-    monkeypatch.setattr(module.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(storage.os, "getuid", lambda: 12345)
     os.chown(cache.root, 54321, -1) if os.geteuid() == 0 else None
     with pytest.raises(CacheError, match="belongs to you, found one of user"):
         build([SOURCE], cache)
@@ -183,14 +185,14 @@ def test_file_in_place_of_the_folder(cache: Cache) -> None:
 
 def refuse(folder: Path, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every new file in `folder` fail (the tests may run as root, whom no mode stops)."""
-    mkstemp = module.tempfile.mkstemp
+    mkstemp = storage.tempfile.mkstemp
 
     def failing(dir: Path, prefix: str, suffix: str) -> tuple[int, str]:  # noqa: A002
         if Path(dir) == folder:
             raise error
         return mkstemp(dir=dir, prefix=prefix, suffix=suffix)
 
-    monkeypatch.setattr(module.tempfile, "mkstemp", failing)
+    monkeypatch.setattr(storage.tempfile, "mkstemp", failing)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left")])
@@ -200,7 +202,7 @@ def test_folder_that_cannot_be_written(cache: Cache, monkeypatch: pytest.MonkeyP
     with pytest.warns(RuntimeWarning, match=rf"cannot write to .*{error.strerror}.*Set LLMCOMP_CACHE") as caught:
         (fresh, old) = build([source("fresh", 7), SOURCE], cache)
     assert len({str(w.message) for w in caught}) == 1
-    assert call(fresh) == 7 and fresh.path.parent == module.overflow_folder()
+    assert call(fresh) == 7 and fresh.path.parent == storage.overflow_folder()
     assert old.cached and old.path == before.path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -210,15 +212,15 @@ def test_folder_that_cannot_be_written(cache: Cache, monkeypatch: pytest.MonkeyP
 def test_nothing_can_be_written(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = find_compiler(cache)
     refuse(cache.root, OSError(30, "Read-only file system"), monkeypatch)
-    module.overflow_folder().write_text("")  # a file stands in its place
+    storage.overflow_folder().write_text("")  # a file stands in its place
     with pytest.raises(CacheError, match="expected a folder"), pytest.warns(RuntimeWarning):
         build([source("nowhere", 1)], cache, compiler)
 
 
 def test_overflow_folder_taken_by_somebody_else(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not looked into, and it is an error only where it would be needed."""
-    module.overflow_folder().mkdir()
-    module.overflow_folder().chmod(0o777)
+    storage.overflow_folder().mkdir()
+    storage.overflow_folder().chmod(0o777)
     assert call(build([source("fine", 3)], cache)[0]) == 3
     refuse(cache.root, OSError(30, "Read-only file system"), monkeypatch)
     with pytest.raises(CacheError, match="only you can write"), pytest.warns(RuntimeWarning):
@@ -256,7 +258,7 @@ def test_interrupted_write_leaves_nothing(cache: Cache, monkeypatch: pytest.Monk
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.os, "replace", interrupt)
+    monkeypatch.setattr(storage.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         cache.write("file", b"data")
     assert not list(cache.root.iterdir())
@@ -280,7 +282,8 @@ def test_one_openmp_runtime(cache: Cache) -> None:
     script = textwrap.dedent(f"""
         import ctypes, re, torch
         from pathlib import Path
-        from llmcomp.codegen.build import Cache, Source, build
+        from llmcomp.codegen.build import Source, build
+        from llmcomp.codegen.cache import Cache
         (built,) = build([Source("region", "cpp", {text!r})], Cache(Path({str(cache.root)!r})))
         torch.ones(100000).sum()
         assert ctypes.CFUNCTYPE(ctypes.c_int64)(built.function())() == 2

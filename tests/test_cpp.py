@@ -11,7 +11,8 @@ from expecttest import assert_expected_inline
 from torch.nn import functional as F
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from llmcomp.codegen.build import Cache, compile_command, find_compiler
+from llmcomp.codegen.build import compile_command, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp import render, symbol
 from llmcomp.codegen.kernel import (
     Axis,

@@ -8,7 +8,8 @@ import sympy
 import torch
 from expecttest import assert_expected_inline
 
-from llmcomp.codegen.build import Cache, Compiler, find_compiler
+from llmcomp.codegen.build import Compiler, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_attend import render_attend
 from llmcomp.codegen.kernel import Attend, Axis, Body, Buffer, Compute, Index, Load, Strided
 from tests.cpp_kernels import Library, axis, size

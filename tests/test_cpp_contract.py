@@ -10,7 +10,8 @@ import torch
 from expecttest import assert_expected_inline
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from llmcomp.codegen.build import Cache, Compiler, find_compiler
+from llmcomp.codegen.build import Compiler, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_contract import render_contract
 from llmcomp.codegen.kernel import (
     Accumulator,

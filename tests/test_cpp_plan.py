@@ -9,7 +9,8 @@ import sympy
 import torch
 from expecttest import assert_expected_inline
 
-from llmcomp.codegen.build import Built, Cache, build
+from llmcomp.codegen.build import Built, build
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp import render
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
 from llmcomp.codegen.kernel import Axis, Buffer, Check, Compute, Load, Map, Store

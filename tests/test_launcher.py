@@ -10,7 +10,8 @@ import torch
 import triton
 
 from llmcomp.codegen import launcher as subject
-from llmcomp.codegen.build import Cache, Source
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.launch import REGISTERS, Config, Points, power
 from llmcomp.codegen.launcher import KERNEL_SECONDS, REMEMBERED, Launcher, Tuner
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from llmcomp.codegen.build import Cache, Source
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.launch import (
     Config,
     Heads,
