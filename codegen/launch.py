@@ -143,6 +143,7 @@ class Product(NamedTuple):
     bytes: int = 2  # of an element of the weights
     experts: int = 1
     across: bool = False  # weights lie along the columns (K, N), not along the depth
+    long: bool = False  # what follows the products takes many registers
 
 
 def _divisor(depth: int, wanted: int) -> int:
@@ -192,7 +193,10 @@ def _fits(config: Config, shape: Product) -> bool:
 
     float32 is multiplied without tensor cores: a thread holds a row of its operands along the depth as well.
     """
-    accumulators = config["BLOCK_M"] * config["BLOCK_N"] * shape.parts
+    results = config["BLOCK_M"] * config["BLOCK_N"]
+    if shape.long and results > 32 * 32 * config.warps:
+        return False
+    accumulators = results * shape.parts
     most = 128 if shape.bytes < 4 else 512 // config["BLOCK_K"]
     columns = config["BLOCK_M"] + config["BLOCK_N"] * shape.parts
     stage = columns * config["BLOCK_K"] * shape.bytes
@@ -210,7 +214,8 @@ def dot_config(shape: Product) -> Config:
     elif rows <= 64:
         guesses = [_dot(shape, power(rows), 64 // min(shape.parts, 2), 64, 4, 4), _dot(shape, 32, 32, 64, 4, 3)]
     else:
-        guesses = [_dot(shape, 128, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
+        guesses = [_dot(shape, 128, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 128, 64, 64, 8, 3)]
+        guesses += [_dot(shape, 64, 64, 64, 8, 3)]
     smaller = [_dot(shape, 32, 32, 64, 8, 2), _dot(shape, 16, 16, 64, 8, 2), _dot(shape, 16, 16, 16, 8, 2)]
     return next(c for c in [*guesses, *smaller] if _fits(c, shape) or c == smaller[-1])
 

@@ -71,6 +71,8 @@ EVEN_DEPTH = 64
 # Likewise columns: BLOCK_N is never larger.
 EVEN_COLUMNS = 128
 MINIMUM_DOT = 16
+# Operations of an epilogue that keep many values of each element in registers.
+LONG = frozenset("tanh sinh cosh asinh acosh atanh expm1 log1p pow erfc sin cos tan fmod remainder".split())
 
 
 def render_contract(kernel: Contract) -> str:
@@ -440,6 +442,8 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         "experts": kernel.expert_count,
         "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
+    if any(isinstance(v, Compute) and v.op in LONG for s in kernel.sections for v in s.epilogue):
+        fields["long"] = True
     extents_function(w, kernel.sizes, "Product", fields)
 
 
