@@ -27,7 +27,8 @@ class Status:
     """A word in host memory that GPU kernels write on failure: a call without one costs the GPU nothing."""
 
     def __init__(self, device: str) -> None:
-        self.word = torch.zeros(1, dtype=torch.int32, pin_memory=device == "cuda")
+        with torch.inference_mode(False):  # it outlives whatever mode the first compilation ran in
+            self.word = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device == "cuda")
 
     def check(self) -> None:
         """Raise for what kernels have reported so far, once.
