@@ -1,7 +1,9 @@
 """Generation with the caches of transformers: tokens of eager, no copy of the past, no graph too many."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +238,36 @@ def test_inference_mode_and_writing_into_a_result() -> None:
             decode(model, tokens(1, 1), cache)
             results.append(decode(model, tokens(1, 1, seed=1), cache))
     close(results[1], results[0])
+
+
+@pytest.mark.sweep
+def test_a_thousand_generations_leave_nothing_behind() -> None:
+    _, compiled = pair(llama)
+    lengths = [3 + n % 7 for n in range(1000)]
+    for n in range(50):
+        compiled.generate(tokens(1, lengths[n]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    before = resident()
+    for n, length in enumerate(lengths):
+        compiled.generate(tokens(1, length, seed=n), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert resident() - before < 8 * 2**20
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.sweep
+def test_a_context_of_32_thousand_tokens() -> None:
+    eager, compiled = pair(llama)
+    caches = [DynamicCache(config=m.config) for m in (eager, compiled)]
+    for start in range(0, 32 * 1024, 2048):
+        ids = tokens(1, 2048, seed=start)
+        logits = [decode(m, ids, c) for m, c in zip((eager, compiled), caches, strict=True)]
+    close(logits[1], logits[0])
+    for step in range(3):
+        ids = tokens(1, 1, seed=step)
+        ours, expected = (decode(m, ids, c) for m, c in zip((compiled, eager), reversed(caches), strict=True))
+        close(ours, expected)
+    assert caches[1].get_seq_length() == 32 * 1024 + 3
