@@ -197,7 +197,7 @@ def _columns(trace: Trace, lead: Index, rows: K.Axis) -> Columns:
     if sympy.expand(sympy.Mul(*(extents[s] for s, _ in row_digits))) != rows.size:
         raise Unfit(f"{name} uses some of the rows")
     column = sympy.expand(trace.reads[0][1][-1])
-    start = column.as_independent(*extents)[0] if extents else column
+    start = column.as_independent(*extents, as_Add=True)[0] if extents else column
     digits = _digits(sympy.expand(column - start), extents, "columns")
     symbols = [s for s, _ in (*row_digits, *digits)]
     if len(set(symbols)) != len(symbols) or set(symbols) != set(extents):
