@@ -143,7 +143,7 @@ class Product(NamedTuple):
     bytes: int = 2  # of an element of the weights
     experts: int = 1
     across: bool = False  # weights lie along the columns (K, N), not along the depth
-    long: bool = False  # what follows the products takes many registers
+    room: int = 64  # results for which a thread has registers, as far as what follows the products goes
 
 
 def _divisor(depth: int, wanted: int) -> int:
@@ -194,7 +194,7 @@ def _fits(config: Config, shape: Product) -> bool:
     float32 is multiplied without tensor cores: a thread holds a row of its operands along the depth as well.
     """
     results = config["BLOCK_M"] * config["BLOCK_N"]
-    if shape.long and results > 32 * 32 * config.warps:
+    if results > shape.room * 32 * config.warps:
         return False
     accumulators = results * shape.parts
     most = 128 if shape.bytes < 4 else 512 // config["BLOCK_K"]

@@ -71,6 +71,8 @@ EVEN_DEPTH = 64
 # Likewise columns: BLOCK_N is never larger.
 EVEN_COLUMNS = 128
 MINIMUM_DOT = 16
+# Results of a thread whose epilogue is simple.
+ROOM = 64
 # Operations of an epilogue that keep many values of each element in registers.
 LONG = frozenset("tanh sinh cosh asinh acosh atanh expm1 log1p pow erfc sin cos tan fmod remainder".split())
 
@@ -442,9 +444,17 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         "experts": kernel.expert_count,
         "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
-    if any(isinstance(v, Compute) and v.op in LONG for s in kernel.sections for v in s.epilogue):
-        fields["long"] = True
+    if (room := min(_room(s) for s in kernel.sections)) < ROOM:
+        fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)
+
+
+def _room(section: Section) -> int:
+    """Results of a section for which a thread has registers: fewer where its epilogue holds much of each."""
+    if whole_axis(section):
+        return ROOM // 4
+    long = any(isinstance(s, Compute) and s.op in LONG for s in section.epilogue)
+    return ROOM // 2 if long else ROOM
 
 
 def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:

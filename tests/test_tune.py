@@ -168,7 +168,7 @@ def test_defaults_follow_the_shape() -> None:
     assert dot_config(Product(16, 2048, 2048))["BLOCK_M"] == 16
     assert dot_config(Product(4096, 2048, 2048))["BLOCK_M"] == 128
     assert dict(dot_config(Product(512, 3072, 768)).blocks)["BLOCK_N"] == 128
-    assert dict(dot_config(Product(512, 3072, 768, long=True)).blocks)["BLOCK_N"] == 64, "its epilogue takes registers"
+    assert dict(dot_config(Product(512, 3072, 768, room=32)).blocks)["BLOCK_N"] == 64, "its epilogue takes registers"
     long, short = Heads(8, 4, 512, 512, 64), Heads(8, 4, 20, 20, 64)
     assert prefill_config(long)["BLOCK_M"] > prefill_config(short)["BLOCK_M"]
     assert decode_config(Heads(8, 4, 1, 4096, 64))["BLOCK_M"] == 16
