@@ -10,6 +10,7 @@ from llmcomp.codegen.lower_map import lower_map
 from llmcomp.codegen.lower_rows import lower_rows
 from llmcomp.codegen.lowered import Lowered, destination
 from llmcomp.codegen.pull import fake
+from llmcomp.graph import base
 from llmcomp.region import Region, Unfit
 
 
@@ -23,6 +24,7 @@ def lower(region: Region, inlined: Set[Node]) -> Lowered:
         raise Unfit("nothing reads it")
     if any(n == 0 for o in region.outputs for n in fake(destination(o)[1]).shape if isinstance(n, int)):
         raise Unfit("no elements")
+    _refuse_stale_reads(region)
     match region.family:
         case "map":
             return lower_map(region, inlined)
@@ -33,3 +35,18 @@ def lower(region: Region, inlined: Set[Node]) -> Lowered:
         case "attend":
             return lower_attend(region, inlined)
     raise AssertionError(f"no family {region.family}")
+
+
+def _refuse_stale_reads(region: Region) -> None:
+    """A kernel computes values, it has no order in time: what is written in place may not be read after that."""
+    written: set[Node] = set()
+    for node in region.nodes:
+        target = destination(node)[0]
+        for source in node.all_input_nodes:
+            if source is not target and base(source) in written:
+                raise Unfit(f"{node.name} reads what was written in place")
+        if target is node:
+            continue
+        if base(target) in region.nodes:
+            raise Unfit(f"{node.name} writes to what would not lie in memory")
+        written.add(base(target))

@@ -16,6 +16,7 @@ from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
 from llmcomp.passes.partition import partition, read_partition
+from llmcomp.report import GraphReport
 from tests.graphs import capture
 
 ops = torch.ops.llmcomp
@@ -277,3 +278,17 @@ def test_a_comparison_of_constants_is_one_of_numbers(value: float) -> None:
     for ours, eager in zip(torch.compile(fn, backend="llmcomp")(x), fn(x), strict=True):
         assert torch.equal(ours, eager)
     torch._dynamo.reset()
+
+
+def test_what_is_written_in_place_is_read_by_another_kernel(graphs: list[GraphReport]) -> None:
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        state = torch.zeros(3, 4)
+        before = state + 1
+        state[1] = x * 2
+        return before, state.relu() + x
+
+    x = torch.randn(4)
+    for ours, eager in zip(torch.compile(fn, backend="llmcomp")(x), fn(x), strict=True):
+        assert torch.equal(ours, eager)
+    (graph,) = graphs
+    assert not graph.program.externs and len(graph.program.kernels) >= 2
