@@ -157,18 +157,28 @@ def finish_all(pullers: Sequence[Puller], buffers: dict[Node, K.Buffer], make: M
     """`finish` for kernels whose bodies were pulled apart (Contract)."""
     local = {s for p in pullers for s in (*p.space.extents, *p.space.data)}
     draft = make(tuple(buffers.values()), ())
-    found = [s for s in _free_symbols(draft) if s not in local]
+    symbols, functions = _free_symbols(draft)
+    if rounded := functions & ROUNDED:
+        raise Unfit(f"a size is computed with {', '.join(sorted(rounded))}")
+    found = [s for s in symbols if s not in local]
     renamed = {s: sympy.Symbol(f"n{i}", integer=True, positive=True) for i, s in enumerate(found)}
     final: K.Kernel = _renamed(make(tuple(buffers.values()), tuple(renamed.values())), renamed)  # type: ignore[assignment]
     return Lowered(final, tuple(buffers), tuple(found))
 
 
-def _free_symbols(value: object) -> list[sympy.Symbol]:
-    """Symbols of every expression inside a description, in order of appearance, names of values excluded."""
+# Functions of sizes through floating point numbers (scale factors of interpolation): left to Python.
+ROUNDED = frozenset("ToFloat TruncToInt TruncToFloat CeilToInt FloorToInt RoundToInt IntTrueDiv FloatTrueDiv".split())
+
+
+def _free_symbols(value: object) -> tuple[list[sympy.Symbol], Set[str]]:
+    """(symbols of every expression inside a description, in order of appearance, names of values excluded; names of
+    the functions that are called)."""
     seen: dict[sympy.Symbol, None] = {}
+    functions: set[str] = set()
 
     def visit(v: object) -> None:
         if isinstance(v, sympy.Expr):
+            functions.update(f.func.__name__ for f in v.atoms(sympy.Function))
             for s in sorted(v.free_symbols, key=str):
                 seen.setdefault(s)
         elif isinstance(v, tuple):
@@ -182,7 +192,7 @@ def _free_symbols(value: object) -> list[sympy.Symbol]:
                 visit(getattr(v, name))
 
     visit(value)
-    return list(seen)
+    return list(seen), functions
 
 
 def _renamed(value: object, names: dict[sympy.Symbol, sympy.Symbol]) -> object:

@@ -236,6 +236,8 @@ class Puller:
             value = arg.meta["val"]
             if isinstance(value, torch.SymInt):
                 return self.integer(size(value))
+            if not isinstance(value, torch.Tensor):
+                raise Unfit(f"{arg.name} is a number that is computed from sizes")
             return self.at(arg, broadcast(index, value), stem)
         if isinstance(arg, bool | int | float):
             return arg

@@ -13,6 +13,7 @@ def call(ids, past, weight):                                    # the inputs of 
 import array
 import ctypes
 import linecache
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,7 @@ class HostWriter:
         self.returned = frozenset(_seen(gm.graph.output_node(), partition))
         self.namespace: dict[str, Any] = {
             "torch": torch,
+            "math": math,  # what sizes are computed with
             "array": array.array,
             "empty_strided": torch.empty_strided,
             "empty": torch.empty,
@@ -279,7 +281,8 @@ class HostWriter:
     def tensor(self, node: Node) -> str:
         """A node's value as Python text; an inlined node is computed by an eager call."""
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and node not in self.names and node.op == "call_function":
+        computed = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+        if computed and node not in self.names and node.op == "call_function":
             return self.expr(value.node.expr)
         if node in self.names:
             return self.names[node]

@@ -292,3 +292,15 @@ def test_what_is_written_in_place_is_read_by_another_kernel(graphs: list[GraphRe
         assert torch.equal(ours, eager)
     (graph,) = graphs
     assert not graph.program.externs and len(graph.program.kernels) >= 2
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "area"])
+def test_sizes_that_are_computed_with_fractions(mode: str) -> None:
+    def fn(x: Tensor) -> Tensor:
+        return F.interpolate(x * 2, scale_factor=1.7, mode=mode, recompute_scale_factor=True) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="llmcomp", dynamic=True)
+    for side in (4, 7):
+        x = torch.randn(2, 3, side, side)
+        torch.testing.assert_close(compiled(x), fn(x))
