@@ -281,8 +281,8 @@ class HostWriter:
     def tensor(self, node: Node) -> str:
         """A node's value as Python text; an inlined node is computed by an eager call."""
         value = node.meta.get("val")
-        computed = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-        if computed and node not in self.names and node.op == "call_function":
+        unnamed = node not in self.names and node.op == "call_function"
+        if unnamed and isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.expr(value.node.expr)
         if node in self.names:
             return self.names[node]
