@@ -161,6 +161,8 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
         block_n = max(block_n, 32 // shape.bytes)
     if shape.width or shape.across:  # the columns are given: take what depth is left
         depth = max(16, min(depth, power(products // block_n)))
+    # Small heads of a shallow layer: a thread still loads 16 bytes of weights at a time.
+    warps = max(1, min(warps, block_n * depth * shape.bytes // (16 * 32)))
     blocks = (("BLOCK_M", rows), ("BLOCK_N", block_n), ("BLOCK_K", depth))
     return Config(blocks, warps, 1, "gemv")
 
