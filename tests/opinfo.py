@@ -29,7 +29,7 @@ from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.opinfo.core import OpInfo
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.checks import CountingBackend
 
@@ -209,7 +209,7 @@ def judge_errors(ours: Ran, eager: Ran) -> tuple[str, str]:
 
 def execute(function: Callable[..., Any], sample: Sample, seed: int) -> Ran:
     """Call the function on a copy of the sample."""
-    mine = copy.deepcopy(sample)
+    mine = copied(sample)
     inputs = tree_leaves((mine.args, mine.kwargs))
     torch.manual_seed(seed)
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -217,6 +217,15 @@ def execute(function: Callable[..., Any], sample: Sample, seed: int) -> Ran:
             return Ran(function(*mine.args, **mine.kwargs), None, inputs)
         except Exception as error:
             return Ran(None, error, inputs)
+
+
+def copied(sample: Sample) -> Sample:
+    """A copy with tensors of its own; sparse rows, which cannot be deep-copied, by their own clone."""
+    try:
+        return copy.deepcopy(sample)
+    except NotImplementedError:
+        args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (sample.args, sample.kwargs))
+        return Sample(args, kwargs)
 
 
 def compare(ours: Ran, eager: Ran, values: bool = True) -> str:
