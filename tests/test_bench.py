@@ -72,7 +72,7 @@ def test_bandwidth_is_that_of_a_machine() -> None:
 def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     dimensions = [f"{k}={v}" for k, v in SMALL.items()]
-    command = ["--peers", "eager,llmcomp", "--rounds", "2", "--no-cold", "--new", "4", "--prefill", "16"]
+    command = ["--peers", "eager,llmcomp", "--rounds", "2", "--no-cold", "--new", "4", "--prefill", "64"]
     main([*command, "--batch", "1", "--dtype", "float32", "--json", str(path), "--set", *dimensions])
     found = json.loads(path.read_text())
     assert len(found["bandwidth"]) == 2 and len(found["peers"]["llmcomp"]["rates"]["decode b1"]) == 2

@@ -20,14 +20,21 @@ class Model(nn.Module):
         return self.two(x).cumsum(0)
 
 
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A cache that the tests of this file share."""
+    return {"cache": tmp_path_factory.mktemp("cache")}
+
+
 @pytest.fixture
-def options(tmp_path):
+def cold(tmp_path):
+    """An empty cache."""
     return {"cache": tmp_path}
 
 
-def test_contents(options):
+def test_contents(cold):
     with torch.no_grad():
-        e = llmcomp.explain(Model(), torch.randn(3, 8), options=options)
+        e = llmcomp.explain(Model(), torch.randn(3, 8), options=cold)
     assert [g.kind for g in e.graphs] == ["inference", "inference"]
     assert len(e.breaks) == 1 and "graph_break" in e.breaks[0] and "test_explanation.py" in e.breaks[0]
     assert e.kernels and all(k.bytes > 0 and k.nodes for k in e.kernels)
@@ -53,10 +60,10 @@ def test_print(options):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_a_second_compilation_finds_its_kernels_on_disk(options):
+def test_a_second_compilation_finds_its_kernels_on_disk(cold):
     with torch.no_grad():
-        first = llmcomp.explain(Model(), torch.randn(3, 8), options=options)
-        second = llmcomp.explain(Model(), torch.randn(3, 8), options=options)
+        first = llmcomp.explain(Model(), torch.randn(3, 8), options=cold)
+        second = llmcomp.explain(Model(), torch.randn(3, 8), options=cold)
     built = [sum(g.program.built for g in e.graphs) for e in (first, second)]
     assert built[0] > 0 and built[1] == 0
     assert sum(g.program.cached for g in second.graphs) > 0
