@@ -251,14 +251,14 @@ def test_variants_of_several_queries_of_a_group(change: dict[str, object]) -> No
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [16, 32, 40, 64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [16, 40, 64, 96, 256])
 def test_head_sizes(dim: int) -> None:
     check(replace(PREFILL, dim=dim, queries=33, keys=40, symbolic=False))
     check(replace(DECODE, dim=dim, keys=70, symbolic=False))
 
 
 @interpreted
-@pytest.mark.parametrize("keys", [1, 16, 17, 64, 65, 270])
+@pytest.mark.parametrize("keys", [1, 17, 64, 65, 270])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_numbers_of_keys(keys: int, queries: int) -> None:
     check(Case(queries, keys, heads=4, kv_heads=2, offset=max(keys - queries, 0)))

@@ -119,7 +119,7 @@ def linear_exact(buffers: Sequence[torch.Tensor], kn: bool) -> torch.Tensor:
 @pytest.mark.parametrize("kn", [False, True])
 @pytest.mark.parametrize(
     "rows,k,n",
-    [(1, 128, 96), (1, 100, 37), (3, 192, 50), (4, 64, 1), (7, 100, 50), (20, 128, 65), (70, 96, 33)],
+    [(1, 100, 37), (3, 192, 50), (4, 64, 1), (7, 100, 50), (70, 128, 33)],
 )
 def test_linear(dtype: torch.dtype, kn: bool, rows: int, k: int, n: int) -> None:
     buffers = linear_buffers(rows, k, n, dtype, kn)

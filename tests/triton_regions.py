@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from llmcomp import compat
 from llmcomp.capture import capture_graph
@@ -42,14 +41,10 @@ from llmcomp.program import Step, lower_steps, render_all
 from llmcomp.region import Partition
 from llmcomp.target import H100
 from llmcomp.verify import difference
-from tests.checks import NEW_TOKENS, with_type_of
-from tests.models import Case, Kind
 from tests.numerics import assert_equal_float32
 from tests.triton_kernels import load
 
-FLOWS = ("logits", "generate", "static")
 NARROW = (torch.bfloat16, torch.float16)
-SHAPES_SEEN = ((1, 11), (2, 17), (3, 7))  # batch, length: the last two share a dynamic graph
 WIDEST = 16  # bytes of the widest load of a GPU thread
 
 
@@ -72,33 +67,6 @@ class Distinct:
 def key_of(source: Source) -> str:
     """The name of a kernel among those of all models: equal text, equal kernel."""
     return f"{source.name}_{hashlib.sha256(source.text.encode()).hexdigest()[:12]}"
-
-
-def run_case(case: Case, dtype: torch.dtype, regions: "Regions", flows: Sequence[str] = FLOWS) -> None:
-    """Run a model in the ways of `flows`, so that its kernels are seen."""
-    model = case.build(dtype)
-    torch._dynamo.reset()
-    model.compile(backend=regions.backend)
-    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for flow in flows:
-            _run_flow(case, model, flow)
-    torch._dynamo.reset()
-
-
-def _run_flow(case: Case, model: PreTrainedModel, flow: str) -> None:
-    if flow == "logits":
-        for shape in SHAPES_SEEN:
-            model(**with_type_of(case.inputs(*shape), model))
-        return
-    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    if flow == "static":
-        settings["cache_implementation"] = "static"
-    model.generate(**with_type_of(case.prompt(2, 9, padding=3), model), **settings)
-
-
-def flows_of(case: Case) -> tuple[str, ...]:
-    """The ways to run a case."""
-    return FLOWS if case.kind is Kind.CAUSAL else FLOWS[:2] if case.generates else FLOWS[:1]
 
 
 class Regions:

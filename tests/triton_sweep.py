@@ -24,13 +24,17 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from llmcomp.codegen.build import Source
+from tests.checks import NEW_TOKENS, with_type_of
 from tests.children import report, run_all
-from tests.models import Case, all_cases, case_named
+from tests.models import Case, Kind, all_cases, case_named
 from tests.sweep import one_line
-from tests.triton_regions import Regions, assembled_verdict, flows_of, load_bytes_wanted, run_case
+from tests.triton_regions import Regions, assembled_verdict, load_bytes_wanted
 
+FLOWS = ("logits", "generate", "static")
+SHAPES_SEEN = ((1, 11), (2, 17), (3, 7))  # batch, length: the last two share a dynamic graph
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CAPABILITIES = (80, 90)
 CALLS = 3  # shapes at which a kernel is looked at
@@ -62,6 +66,36 @@ class CaseRecord:
     verdict: str = "ok"
     detail: str = ""
     kernels: list[str] = field(default_factory=list)
+
+
+# ---- running a model --------------------------------------------------------------------------------------
+
+
+def run_case(case: Case, dtype: torch.dtype, regions: Regions, flows: Sequence[str] = FLOWS) -> None:
+    """Run a model in the ways of `flows`, so that its kernels are seen."""
+    model = case.build(dtype)
+    torch._dynamo.reset()
+    model.compile(backend=regions.backend)
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for flow in flows:
+            _run_flow(case, model, flow)
+    torch._dynamo.reset()
+
+
+def _run_flow(case: Case, model: PreTrainedModel, flow: str) -> None:
+    if flow == "logits":
+        for shape in SHAPES_SEEN:
+            model(**with_type_of(case.inputs(*shape), model))
+        return
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    if flow == "static":
+        settings["cache_implementation"] = "static"
+    model.generate(**with_type_of(case.prompt(2, 9, padding=3), model), **settings)
+
+
+def flows_of(case: Case) -> tuple[str, ...]:
+    """The ways to run a case."""
+    return FLOWS if case.kind is Kind.CAUSAL else FLOWS[:2] if case.generates else FLOWS[:1]
 
 
 # ---- in a child that interprets ---------------------------------------------------------------------------
