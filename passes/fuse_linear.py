@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
-from llmcomp.passes.groups import Fits, Groups, Label, Library, base
+from llmcomp.passes.groups import LEFT_TO_LIBRARY, Fits, Groups, Label, Library, base
 
 
 def _linears() -> tuple[object, ...]:
@@ -32,7 +32,7 @@ def fuse_siblings(fits: Fits, library: Library) -> Pass:
             if node.target not in _linears():
                 continue
             if library(node):
-                node.meta["extern_reason"] = "a matrix product of many rows is left to the library"
+                node.meta["extern_reason"] = LEFT_TO_LIBRARY
             else:
                 by_operand.setdefault(_operand_key(node), []).append(node)
         for siblings in by_operand.values():

@@ -18,6 +18,8 @@ Label = tuple[str, int]
 Fits = Callable[[Region, Set[Node]], str | None]
 # Whether a linear layer is left to the library (large float matrix products on the CPU).
 Library = Callable[[Node], bool]
+# The reason that such a call gives in the report.
+LEFT_TO_LIBRARY = "a matrix product of many rows is left to the library"
 
 aten = torch.ops.aten
 VIEWS = frozenset(

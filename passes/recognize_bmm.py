@@ -6,8 +6,6 @@ a is (B, M, K), b (B, K, N). Attention is recognized before; what is left are it
 of recurrent layers.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import SymInt
 from torch.fx import Graph, Node
@@ -16,13 +14,14 @@ from torch.utils._sympy.functions import FloorDiv
 from llmcomp.graph import Size, insert, is_view, replace, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.groups import LEFT_TO_LIBRARY, Library
 from llmcomp.passes.sizes import size_node, writable
 
 aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def recognize_bmm(library: Callable[[Node], bool]) -> Pass:
+def recognize_bmm(library: Library) -> Pass:
     """The pass; products of which `library` is true are left to the library of the target."""
 
     def run(graph: Graph, report: Report) -> None:
@@ -32,7 +31,7 @@ def recognize_bmm(library: Callable[[Node], bool]) -> Pass:
             if a.dtype not in DTYPES or not all(writable(n) for n in (*a.shape, b.shape[2])):
                 report.miss(node, f"a product in {a.dtype}, of {tuple(a.shape)}")
             elif library(node):
-                node.meta["extern_reason"] = "a matrix product of many rows is left to the library"
+                node.meta["extern_reason"] = LEFT_TO_LIBRARY
             else:
                 _rewrite(node, ends)
                 report.rewrites += 1

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmcomp.backend import compile_model
 from llmcomp.options import read_options
+from llmcomp.passes.groups import LEFT_TO_LIBRARY
 from llmcomp.report import ExternReport, GraphReport, ProgramReport
 from tests.models import Case, Kind
 from tests.numerics import Divergence, assert_equal_float32, assert_no_worse, divergences, is_tie
@@ -99,7 +100,7 @@ def work_of_program(program: ProgramReport) -> Work:
 
 def is_library(extern: ExternReport) -> bool:
     """Whether an eager call is a matrix product of many rows, which the CPU target leaves to the library."""
-    return extern.reason == "a matrix product of many rows is left to the library"
+    return extern.reason == LEFT_TO_LIBRARY
 
 
 @dataclass(frozen=True)

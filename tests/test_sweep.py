@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llmcomp.passes.groups import LEFT_TO_LIBRARY
 from llmcomp.report import ExternReport, KernelReport, ProgramReport
 from tests.checks import Work, checks_of, work_of_program
 from tests.models import Case, all_cases, case_named
@@ -39,7 +40,8 @@ def test_shares_are_those_of_the_sum() -> None:
 
 def test_the_library_of_the_cpu_is_counted_apart() -> None:
     def linear(rows: int) -> ExternReport:
-        return ExternReport("llmcomp.linear.default", "x", "", 0, 2 * rows * 100, 400)
+        reason = LEFT_TO_LIBRARY if rows > 16 else "it does not fit"
+        return ExternReport("llmcomp.linear.default", "x", reason, 0, 2 * rows * 100, 400)
 
     kernel = KernelReport("k", "map", ("n",), 0, 30, 20)
     programs = [ProgramReport(target, (kernel,), (linear(8), linear(64))) for target in ("cpp", "triton")]
