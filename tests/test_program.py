@@ -35,6 +35,7 @@ def blocks() -> int:
 
 
 def tensors() -> int:
+    gc.collect()
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
@@ -59,5 +60,5 @@ def test_nothing_leaks(graphs: list[GraphReport]) -> None:
         after = blocks(), tensors(), resident()
     assert len(graphs) == 1 and graphs[0].program.kernels and graphs[0].program.externs
     assert after[0] - before[0] < CALLS / 10, "Python objects"
-    assert after[1] == before[1], "tensors"
+    assert after[1] <= before[1], "tensors"  # fewer: what earlier tests of this process left was freed meanwhile
     assert after[2] - before[2] < 100 * CALLS, "bytes of memory"
