@@ -215,6 +215,10 @@ def table() -> Mapping[OpOverload, Pointwise]:
         packet = getattr(aten, f"bitwise_{name}")
         add(default, _op(f"bitwise_{name}"), packet.Tensor, packet.Scalar, packet.Scalar_Tensor)
         add(to_bool, _logical(f"logical_{name}"), getattr(aten, f"logical_{name}").default)
+    for side in ("left", "right"):
+        packet, operator = getattr(aten, f"bitwise_{side}_shift"), getattr(aten, f"__{side[0]}shift__")
+        add(default, _op(f"shift_{side}"), packet.Tensor, packet.Tensor_Scalar, packet.Scalar_Tensor)
+        add(default, _op(f"shift_{side}"), operator.Tensor, operator.Scalar)
     add(to_bool, _logical("logical_not"), aten.logical_not.default)
     add(default, _op("bitwise_not"), aten.bitwise_not.default)
     add(to_bool, _test("isnan"), aten.isnan.default)
