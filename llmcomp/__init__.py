@@ -11,6 +11,7 @@ from llmcomp.errors import (
     BuildError,
     CacheError,
     CaptureError,
+    GenerationError,
     LlmcompError,
     OptionError,
     PassError,
@@ -19,7 +20,9 @@ from llmcomp.errors import (
 
 if TYPE_CHECKING:
     from llmcomp.explanation import Explanation, explain
+    from llmcomp.generation import custom_generate, generate, stream
     from llmcomp.options import Options
+    from llmcomp.reuse import reset
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,19 +30,28 @@ __all__ = [
     "CacheError",
     "CaptureError",
     "Explanation",
+    "GenerationError",
     "LlmcompError",
     "OptionError",
     "Options",
     "PassError",
     "VerifyError",
+    "custom_generate",
     "explain",
+    "generate",
+    "reset",
+    "stream",
 ]
 
-# Imported when asked for: they bring in torch.
+# Imported when asked for: they bring in torch, and those of generation transformers.
 _LATER = {
     "Explanation": "llmcomp.explanation",
     "explain": "llmcomp.explanation",
     "Options": "llmcomp.options",
+    "reset": "llmcomp.reuse",
+    "custom_generate": "llmcomp.generation",
+    "generate": "llmcomp.generation",
+    "stream": "llmcomp.generation",
 }
 
 

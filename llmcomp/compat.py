@@ -182,10 +182,26 @@ def backend_of(compiled: Any) -> object:
 
     Asked about the modules of all backends, so it never raises: None where this torch keeps it elsewhere.
     """
-    found: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    return compiler_of(compiled)[0]
+
+
+def compiler_of(compiled: Any) -> tuple[object, dict[str, Any]]:
+    """The backend function of what torch.compile returned for a module or a function, and its mode and options.
+
+    It never raises: (None, {}) where this torch keeps them elsewhere.
+    """
+    found: Any = getattr(_context_of(compiled), "callback", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
-    return getattr(found, "compiler_fn", found)
+    return getattr(found, "compiler_fn", found), dict(getattr(found, "kwargs", {}))
+
+
+def _context_of(compiled: Any) -> object:
+    if hasattr(compiled, "dynamo_ctx"):
+        return compiled.dynamo_ctx
+    names = getattr(getattr(compiled, "__code__", None), "co_freevars", ())
+    cells = getattr(compiled, "__closure__", None) or ()
+    return next((c.cell_contents for n, c in zip(names, cells, strict=False) if n == "self"), None)
 
 
 def compile_apart(fn: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

@@ -27,3 +27,7 @@ class BuildError(LlmcompError):
 
 class CacheError(LlmcompError):
     """The folder of build artefacts cannot be used."""
+
+
+class GenerationError(LlmcompError):
+    """Something that `llmcomp.generate` was asked for, or was given, that it cannot work with."""

@@ -32,7 +32,7 @@ def _generate_of(backend: Callable[..., Any]) -> property:
         if compat.backend_of(compiled) is not backend:
             # Python then asks the module's __getattr__, which forwards to the original module as ever.
             raise AttributeError("generate")
-        return _stand_in(compiled).generate
+        return stand_in(compiled).generate
 
     def set_(compiled: Any, value: object) -> None:
         compiled._orig_mod.generate = value
@@ -43,7 +43,12 @@ def _generate_of(backend: Callable[..., Any]) -> property:
     return property(get, set_, delete)
 
 
-def _stand_in(compiled: Any) -> Any:
+def compiled_module(model: Any) -> Any:
+    """What `torch.compile` made of a module, if `model` is a stand-in for that; else None."""
+    return getattr(type(model), "_llmcomp_compiled", None)
+
+
+def stand_in(compiled: Any) -> Any:
     """Return an object that is the original module in everything but its calls, which run compiled.
 
     It shares the attributes of that module, so what is set on one is set on the other. The module itself is
@@ -55,6 +60,7 @@ def _stand_in(compiled: Any) -> Any:
         "__call__": lambda self, *args, **kwargs: compiled(*args, **kwargs),
         # Transformers would compile decoding with a static cache once more, with Inductor.
         "get_compiled_call": lambda self, compile_config: self.__call__,
+        "_llmcomp_compiled": compiled,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,

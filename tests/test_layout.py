@@ -24,7 +24,8 @@ LAYERS = (
     ("llmcomp.passes", "llmcomp.codegen"),
     ("*",),
     ("llmcomp.backend",),
-    ("llmcomp.explanation",),
+    ("llmcomp.explanation", "llmcomp.replay"),
+    ("llmcomp.fixed_forward", "llmcomp.decoding", "llmcomp.generation"),
     ("llmcomp.bench_machine", "llmcomp.bench_model", "llmcomp.bench_overhead", "llmcomp.bench_peer", "llmcomp.bench"),
     ("llmcomp",),
 )

@@ -1,0 +1,387 @@
+"""Generation without the cost of transformers' loop, with its configuration: `generate`, `stream`, `custom_generate`.
+
+    llmcomp.generate(model, ids, max_new_tokens=64)                        the tokens that model.generate gives
+    for token in llmcomp.stream(model, ids, max_new_tokens=64): ...        as they come
+    model.generate(ids, custom_generate=llmcomp.custom_generate)           the same loop, called by transformers
+
+Transformers reads the configuration and prepares inputs, cache, processors and stopping criteria, once; the steps are
+those of llmcomp/decoding.py. A model of which nothing is compiled is compiled for the calls, and left as it is.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StaticCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from llmcomp import compat, integrate
+from llmcomp.backend import llmcomp
+from llmcomp.decoding import Decoding, Engine, LookupDecoding, Task
+from llmcomp.errors import GenerationError
+from llmcomp.forward import Forward
+from llmcomp.options import read_options
+from llmcomp.processors import read_criteria, read_processors
+from llmcomp.prompt_lookup import NGRAM
+
+Output = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
+
+# What another loop is needed for, and the values that ask for nothing.
+OTHER_LOOPS: dict[str, tuple[object, ...]] = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "penalty_alpha": (None, 0, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "dola_layers": (None,),
+    "use_mtp": (None, False),
+    "assistant_early_exit": (None,),
+    "is_assistant": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks of the loop beyond what transformers knows."""
+
+    seed: int | Sequence[int] | None = None
+    streamer: BaseStreamer | None = None
+    stepwise: bool = False  # tokens are handed out one by one
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    generation_config: GenerationConfig | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | Sequence[int] | None = None,
+    **settings: object,
+) -> Tensor | Output:
+    """Generate tokens behind a prompt: what `model.generate` gives, by a loop that costs less.
+
+    Greedy tokens are those of `model.generate`. Sampled ones have its distribution, but come from other random
+    numbers; they are the same on every device.
+
+    Args:
+        model: a causal language model of transformers, compiled (by any backend) or not.
+        input_ids: (rows, length), integers.
+        generation_config: what to do; `model.generation_config` gives what it leaves open.
+        attention_mask: (rows, length), 0 at padding, which has to be on the left.
+        past_key_values: a cache to go on from; `input_ids` then hold its tokens and new ones.
+        logits_processor, stopping_criteria: run in addition to those of the configuration.
+        streamer: its `put` gets the prompt and then the tokens (rows) of each step.
+        tokenizer: needed for `stop_strings`.
+        seed: of the random numbers. Several numbers, one a row: a row then gives the same tokens in any batch.
+            None: `torch.manual_seed` decides.
+        settings: fields of GenerationConfig, in place of `generation_config`: max_new_tokens, do_sample, ...
+
+    Returns:
+        Tokens (rows * num_return_sequences, length) with those of the prompt, padded where a row ended before
+        others; with `return_dict_in_generate` the output of transformers that holds them.
+
+    Raises:
+        GenerationError: what was asked for needs another loop, contradicts itself, or is not a prompt.
+    """
+    asked = Asked(seed, streamer, settings=settings)
+    decoding = _prepare(model, input_ids, generation_config, asked, tokenizer, stopping_criteria, {
+        "attention_mask": attention_mask, "past_key_values": past_key_values, "logits_processor": logits_processor,
+    })  # fmt: skip
+    with torch.no_grad():
+        return _finished(decoding)
+
+
+def stream(
+    model: nn.Module,
+    input_ids: Tensor,
+    generation_config: GenerationConfig | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | Sequence[int] | None = None,
+    **settings: object,
+) -> Iterator[Tensor]:
+    """Generate tokens one by one: an iterator over tensors (rows) of the tokens of each position.
+
+    Arguments are those of `generate`. Nothing is computed before it is asked for. Leaving the loop early, or
+    `close()`, frees the cache and everything else that the generation holds.
+
+    Raises:
+        GenerationError: as `generate`, and before the first token is asked for.
+    """
+    asked = Asked(seed, stepwise=True, settings=settings)
+    decoding = _prepare(model, input_ids, generation_config, asked, tokenizer, stopping_criteria, {
+        "attention_mask": attention_mask, "past_key_values": past_key_values, "logits_processor": logits_processor,
+    })  # fmt: skip
+    return decoding.tokens()
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    seed: int | Sequence[int] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | Output:
+    """The loop in the form that transformers calls: `model.generate(ids, custom_generate=llmcomp.custom_generate)`.
+
+    `seed` is an argument of `generate` then. Transformers does not hand a streamer or a tokenizer to such a function:
+    for those call `llmcomp.generate`, or bind a streamer with `functools.partial(custom_generate, streamer=...)`.
+
+    Raises:
+        GenerationError: what was asked for needs another loop, or contradicts itself.
+    """
+    asked = Asked(seed, streamer)
+    return _finished(
+        _begin(model, input_ids, logits_processor, stopping_criteria, generation_config, asked, **model_kwargs)
+    )
+
+
+def _prepare(
+    model: nn.Module,
+    input_ids: Tensor,
+    config: GenerationConfig | None,
+    asked: Asked,
+    tokenizer: PreTrainedTokenizerBase | None,
+    criteria: StoppingCriteriaList | None,
+    others: dict[str, object],
+) -> Decoding:
+    """Have transformers prepare a generation, and stop before its first step."""
+    runnable: Any = _runnable(model)
+    _check_prompt(input_ids, others["attention_mask"])
+    _check_settings(config, asked.settings)
+    _check_length(config, asked.settings, input_ids.shape[1])
+    settings = dict(asked.settings)
+    strings = settings.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if config is not None and config.stop_strings is not None:
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    criteria = StoppingCriteriaList(criteria or ())
+    if strings is not None:
+        # Transformers would keep the tokenizer from a loop that is not its own.
+        criteria.append(_stop_strings(strings, tokenizer))
+    given = {name: value for name, value in others.items() if value is not None}
+    begun: Decoding = runnable.generate(
+        input_ids,
+        config,
+        stopping_criteria=criteria,
+        streamer=asked.streamer,
+        custom_generate=partial(_begin, asked=asked),
+        **given,
+        **settings,
+    )
+    return begun
+
+
+def _begin(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    asked: Asked,
+    **model_kwargs: Any,
+) -> Decoding:
+    """The generation of what transformers prepared, before its first step."""
+    config = generation_config
+    _check_loop(config)
+    _check_seeds(asked.seed, len(input_ids))
+    sample, whole = bool(config.do_sample), bool(config.return_dict_in_generate)
+    task = Task(
+        processing=read_processors(logits_processor, sample),
+        stopping=read_criteria(stopping_criteria, config.max_length),
+        pad=_pad(config),
+        seed=asked.seed if asked.seed is None or isinstance(asked.seed, int) else tuple(asked.seed),
+        streamer=asked.streamer,
+        scores=whole and bool(config.output_scores),
+        logits=whole and bool(config.output_logits),
+        guess=config.prompt_lookup_num_tokens or 0,
+        ngram=config.max_matching_ngram_size or NGRAM,
+        stepwise=asked.stepwise,
+        keeps_cache=whole or getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False),
+    )
+    model = _runnable(model)
+    forward, engine = Forward(model, config, model_kwargs), _engine(model)
+    if not task.guess:
+        return Decoding(forward, input_ids, task, engine)
+    _check_lookup(forward, input_ids)
+    return LookupDecoding(forward, input_ids, task, engine)
+
+
+def _engine(model: PreTrainedModel) -> Engine:
+    """How a model that `_runnable` returned is compiled: by this backend as a whole, or in some other way."""
+    compiled = integrate.compiled_module(model)
+    function, settings = compat.compiler_of(model._compiled_call_impl if compiled is None else compiled)
+    if function is not llmcomp:
+        return Engine(read_options(), None)
+    options = read_options(settings.get("options"), settings.get("mode"))
+    return Engine(options, model if compiled is None else compiled._orig_mod)
+
+
+def _pad(config: GenerationConfig) -> int:
+    pad = config._pad_token_tensor
+    return 0 if pad is None else int(pad)
+
+
+def _finished(decoding: Decoding) -> Tensor | Output:
+    """Run a generation to its end; what `generate` returns."""
+    task, config = decoding.task, decoding.begun.config
+    sequences = decoding.finish()
+    if task.streamer is not None:
+        task.streamer.end()
+    if not config.return_dict_in_generate:
+        return sequences
+    kept = {
+        "sequences": sequences,
+        "scores": tuple(decoding.scores) if task.scores else None,
+        "logits": tuple(decoding.logits) if task.logits else None,
+        "past_key_values": decoding.begun.cache,
+    }
+    encodes = decoding.begun.model.config.is_encoder_decoder
+    return GenerateEncoderDecoderOutput(**kept) if encodes else GenerateDecoderOnlyOutput(**kept)
+
+
+def _runnable(model: nn.Module) -> PreTrainedModel:
+    """`model` with calls that run compiled: itself where anything of it is compiled, else a stand-in for it."""
+    if isinstance(model, compat.optimized_module()):
+        found = integrate.stand_in(model)
+    elif integrate.compiled_module(model) is not None or _is_compiled(model):
+        found = model
+    else:
+        found = integrate.stand_in(torch.compile(model, backend="llmcomp"))
+    if not isinstance(found, GenerationMixin):
+        raise GenerationError(
+            f"expected a model of transformers that generates, found {type(model).__name__}: "
+            "call it in a loop of your own, compiled with model.compile(backend='llmcomp')"
+        )
+    return cast(PreTrainedModel, found)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the user compiled the model, its forward or a part of it."""
+    compiled = compat.optimized_module()
+    parts = any(m._compiled_call_impl is not None or isinstance(m, compiled) for m in model.modules())
+    return parts or compat.uncompiled(model.forward) != model.forward
+
+
+def _stop_strings(strings: object, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria:
+    if tokenizer is None:
+        raise GenerationError(f"expected a tokenizer for stop_strings={strings!r}, found none: pass tokenizer=")
+    return StopStringCriteria(tokenizer, cast("str | list[str]", strings))
+
+
+def _check_prompt(ids: Tensor, mask: object) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise GenerationError(
+            f"expected input_ids to be an int64 tensor (rows, length), found {found}: "
+            "pass tokenizer(text, return_tensors='pt').input_ids"
+        )
+    if not ids.numel():
+        raise GenerationError(
+            f"expected a prompt of at least one token, found input_ids of shape {list(ids.shape)}: "
+            "begin with the model's bos_token_id"
+        )
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise GenerationError(
+            f"expected attention_mask (rows, length), found {list(mask.shape)}: pass the mask of the tokenizer"
+        )
+
+
+def _check_settings(config: GenerationConfig | None, settings: Mapping[str, object]) -> None:
+    known = vars(GenerationConfig())
+    for name in settings:
+        if name not in known or name.startswith("_"):
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise GenerationError(
+                f"expected fields of GenerationConfig, found {name!r}: {hint}inputs of the model other than "
+                "tokens are for model.generate(..., custom_generate=llmcomp.custom_generate)"
+            )
+    if config is not None and settings:
+        raise GenerationError(
+            f"expected a generation_config or single settings, found both ({', '.join(settings)}): "
+            "set them in the generation_config"
+        )
+
+
+def _check_length(config: GenerationConfig | None, settings: Mapping[str, object], prompt: int) -> None:
+    given = settings if config is None else vars(config)
+    new, length = (cast("int | None", given.get(name)) for name in ("max_new_tokens", "max_length"))
+    if new is not None and length is not None:
+        raise GenerationError(
+            f"expected max_new_tokens or max_length, found both ({new} and {length}): leave one of them out"
+        )
+    if new is not None and new < 1:
+        raise GenerationError(f"expected max_new_tokens of at least 1, found {new}: ask for a token or more")
+    if length is not None and length <= prompt:
+        raise GenerationError(
+            f"expected max_length above the prompt's {prompt} tokens, found {length}: it counts the prompt too; "
+            "pass max_new_tokens to count only new tokens"
+        )
+
+
+def _check_loop(config: GenerationConfig) -> None:
+    """Refuse what this loop does not do."""
+    for name, neutral in OTHER_LOOPS.items():
+        value = getattr(config, name, None)
+        if value not in neutral:
+            raise GenerationError(
+                f"expected greedy decoding, sampling or prompt lookup, found {name}={value!r}: call "
+                "model.generate(...) for it, without custom_generate; the model's calls run compiled there too if "
+                "it was compiled with model.compile(backend='llmcomp')"
+            )
+
+
+def _check_seeds(seed: int | Sequence[int] | None, rows: int) -> None:
+    if seed is None or isinstance(seed, int) or len(seed) == rows:
+        return
+    raise GenerationError(
+        f"expected one seed or one for each of the {rows} rows that are generated, found {len(seed)}: rows are "
+        "those of input_ids, each num_return_sequences times"
+    )
+
+
+def _check_lookup(forward: Forward, ids: Tensor) -> None:
+    """Refuse prompt lookup where the model's calls cannot be taken back."""
+    cache = forward.cache
+    takes_back = isinstance(cache, Cache) and hasattr(cache, "crop") and not isinstance(cache, StaticCache)
+    if len(ids) != 1:
+        found, do = f"{len(ids)} rows", "generate them one by one, or leave prompt_lookup_num_tokens out"
+    elif forward.model.config.is_encoder_decoder or not forward.inputs.get("use_cache") or not takes_back:
+        found, do = f"the cache {type(cache).__name__}", "leave prompt_lookup_num_tokens out"
+    elif getattr(forward.model, "_is_stateful", False):
+        found, do = "a model whose state cannot be taken back", "leave prompt_lookup_num_tokens out"
+    else:
+        return
+    raise GenerationError(f"expected one row and a cache that grows for prompt lookup, found {found}: {do}")
