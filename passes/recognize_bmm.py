@@ -1,6 +1,7 @@
 """Products of batches of matrices become llmcomp::grouped_linear, whose rows pick their matrix.
 
-    bmm(a, b)   ->  grouped_linear(a.view(B * M, K), b, [M, 2 * M, ..., B * M], kn=True).view(B, M, N)
+    baddbmm(x, a, b)  ->  x + bmm(a, b)
+    bmm(a, b)         ->  grouped_linear(a.view(B * M, K), b, [M, 2 * M, ..., B * M], kn=True).view(B, M, N)
 
 a is (B, M, K), b (B, K, N). Attention is recognized before; what is left are its unusual forms and the products
 of recurrent layers.
@@ -9,9 +10,10 @@ of recurrent layers.
 import torch
 from torch import SymInt
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 from torch.utils._sympy.functions import FloorDiv
 
-from llmcomp.graph import Size, insert, is_view, replace, val
+from llmcomp.graph import Size, argument, insert, is_view, replace, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.groups import LEFT_TO_LIBRARY, Library
@@ -25,6 +27,8 @@ def recognize_bmm(library: Library) -> Pass:
     """The pass; products of which `library` is true are left to the library of the target."""
 
     def run(graph: Graph, report: Report) -> None:
+        for node in graph.find_nodes(op="call_function", target=aten.baddbmm.default):
+            report.rewrites += _split(node)
         ends: dict[tuple[str, str], Node] = {}
         for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
             a, b = val(node.args[0]), val(node.args[1])
@@ -37,6 +41,22 @@ def recognize_bmm(library: Library) -> Pass:
                 report.rewrites += 1
 
     return Pass("recognize_bmm", run, needs=frozenset({SHAPES}))
+
+
+def _split(node: Node) -> bool:
+    """baddbmm(x, a, b) -> beta * x + alpha * bmm(a, b); a `beta` of 0 would hide what is not finite in x."""
+    (x, a, b), alpha, beta = node.args, argument(node, "alpha"), argument(node, "beta")
+    if beta == 0:
+        return False
+    with node.graph.inserting_before(node):
+        product = _scaled(insert(node.graph, aten.bmm.default, a, b), alpha)
+        assert isinstance(x, Node)
+        replace(node, insert(node.graph, aten.add.Tensor, product, _scaled(x, beta)))
+    return True
+
+
+def _scaled(x: Node, factor: Argument) -> Node:
+    return x if factor == 1 else insert(x.graph, aten.mul.Tensor, x, factor)
 
 
 def _rewrite(node: Node, known: dict[tuple[str, str], Node]) -> None:

@@ -72,6 +72,19 @@ contract: grouped_linear_default mul add -> add""",
     )
 
 
+def test_a_product_that_is_added_is_a_product() -> None:
+    text, _ = grouped(torch.baddbmm, B[:, :2], A, B, passes=lambda fits: (PASS, *fusing(fits)))
+    assert_expected_inline(
+        text,
+        """\
+map: mul_tensor -> mul_tensor
+contract: grouped_linear_default add_tensor -> add_tensor""",
+    )
+    for scales in ({"beta": 2, "alpha": 0.5}, {"beta": 0}):
+        left = rewrite(lambda x, a, b, s=scales: torch.baddbmm(x, a, b, **s), (B[:, :1], A, B), PASS)[0]
+        assert ("baddbmm" in left) == (scales["beta"] == 0)
+
+
 def test_it_equals_eager_at_every_size() -> None:
     compiled = torch.compile(lambda a, b: torch.bmm(a, b).relu(), backend="llmcomp", dynamic=True)
     for batch, rows, depth, columns in ((3, 2, 4, 5), (1, 7, 3, 2), (40, 1, 16, 33), (2, 30, 5, 6)):
