@@ -15,12 +15,13 @@ reading the weights.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,24 +56,31 @@ class Measured:
     base: float = 0.0
     rates: dict[str, list[float]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
+    died: str = ""  # how, if its process did not live to the end
+
+
+class Died(Exception):
+    """The process of a peer has ended; the text says how."""
 
 
 class Process:
-    """A running peer."""
+    """A running peer. Everything that waits for an answer raises Died where none can come."""
 
     def __init__(self, peer: str, setup: Setup, caches: Path) -> None:
         self.peer = peer
         folders = {name: str(caches / peer / folder) for name, folder in CACHES.items()}
         environment = {**os.environ, **folders, **PEERS[peer].environment}
-        command = [sys.executable, "-m", "llmcomp.bench_peer", peer, json.dumps(asdict(setup))]
-        self.pipe = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pipe = subprocess.Popen(
+            peer_command(peer, setup), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.weights = int(self._answer()["weights"])
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
-        """Send a command and wait for its answer; RuntimeError if the process died."""
+        """Send a command and wait for its answer."""
         assert self.pipe.stdin is not None
-        self.pipe.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-        self.pipe.stdin.flush()
+        with suppress(BrokenPipeError):
+            self.pipe.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+            self.pipe.stdin.flush()
         return self._answer()
 
     def generate(self, load: Load) -> dict[str, Any]:
@@ -82,7 +90,8 @@ class Process:
     def close(self) -> None:
         """End the process."""
         assert self.pipe.stdin is not None
-        self.pipe.stdin.close()
+        with suppress(BrokenPipeError):
+            self.pipe.stdin.close()
         self.pipe.wait()
 
     def _answer(self) -> dict[str, Any]:
@@ -91,7 +100,19 @@ class Process:
             if line.startswith(MARK):
                 found: dict[str, Any] = json.loads(line.removeprefix(MARK))
                 return found
-        raise RuntimeError(f"the peer {self.peer} died with exit status {self.pipe.wait()}")
+        raise Died(ending(self.pipe.wait()))
+
+
+def peer_command(peer: str, setup: Setup) -> list[str]:
+    """The command line that starts a peer."""
+    return [sys.executable, "-m", "llmcomp.bench_peer", peer, json.dumps(asdict(setup))]
+
+
+def ending(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"exit status {status}"
+    return f"killed by signal {-status}" + (", probably out of memory" if status == -signal.SIGKILL else "")
 
 
 @contextmanager
@@ -136,23 +157,40 @@ def measure(
     results = {name: Measured() for name in names}
     with tempfile.TemporaryDirectory(prefix="llmcomp-bench-") as folder, ExitStack() as stack:
         caches = Path(folder)
-        for name in names if cold else ():
-            with running(name, setup, caches) as process:
-                results[name].cold = first_call(process)
-            say(f"{name}: first call {results[name].cold:.1f} s with empty caches")
-        processes = {}
-        for name, found in results.items():
-            processes[name] = stack.enter_context(running(name, setup, caches))
-            found.weights, found.warm = processes[name].weights, first_call(processes[name])
-            say(f"{name}: first call {found.warm:.1f} s with warm caches; {free_memory()}")
-            for load in work:
-                processes[name].generate(load)
+        for name, found in results.items() if cold else ():
+            with surviving(name, found), running(name, setup, caches) as process:
+                found.cold = first_call(process)
+                say(f"{name}: first call {found.cold:.1f} s with empty caches")
+        processes: dict[str, Process] = {}
+        for name, found in living(results):
+            with surviving(name, found):
+                processes[name] = stack.enter_context(running(name, setup, caches))
+                found.weights, found.warm = processes[name].weights, first_call(processes[name])
+                say(f"{name}: first call {found.warm:.1f} s with warm caches; {free_memory()}")
+                for load in work:
+                    processes[name].generate(load)
         bandwidth = Bandwidth(setup.device, setup.threads)
         speeds = [run_round(i, rounds, processes, results, work, bandwidth) for i in range(rounds)]
-        for name, process in processes.items():
-            memory = process.ask("memory")
-            results[name].peak, results[name].base = memory["peak"], memory["base"]
+        for name, found in living(results):
+            with surviving(name, found):
+                memory = processes[name].ask("memory")
+                found.peak, found.base = memory["peak"], memory["base"]
     return results, speeds
+
+
+@contextmanager
+def surviving(name: str, found: Measured) -> Iterator[None]:
+    """Go on without a peer whose process dies."""
+    try:
+        yield
+    except Died as death:
+        found.died = str(death)
+        say(f"{name} died: {found.died}")
+
+
+def living(results: Mapping[str, Measured]) -> Iterator[tuple[str, Measured]]:
+    """The peers whose processes have not died so far."""
+    return ((name, found) for name, found in results.items() if not found.died)
 
 
 def run_round(
@@ -165,21 +203,25 @@ def run_round(
 ) -> float:
     """Every load once on every peer, in turns; return the bandwidth of the machine meanwhile."""
     for load in work:
-        for name, process in processes.items():
-            answer = process.generate(load)
-            results[name].rates.setdefault(load.name, []).append(rate(load, answer))
-            results[name].tokens = results[name].tokens or answer["tokens"]
+        for name, found in living(results):
+            with surviving(name, found):
+                answer = processes[name].generate(load)
+                found.rates.setdefault(load.name, []).append(rate(load, answer))
+                found.tokens = found.tokens or answer["tokens"]
     say(f"round {index + 1} of {rounds}")
     return bandwidth.measure()
 
 
 def table(results: Mapping[str, Measured], work: Sequence[Load], bandwidth: float) -> str:
     """The medians as a Markdown table; the last two columns belong to decoding at batch 1."""
-    reference = next(iter(results.values())).tokens
+    reference = next((found.tokens for _, found in living(results)), [])
     speeds = [f"{load.name} tok/s" for load in work]
     head = ["peer", *speeds, "cold s", "warm s", "peak GB", "of read", "tokens"]
     rows = [head, ["---"] * len(head)]
     for name, found in results.items():
+        if found.died:
+            rows.append([name, f"died: {found.died}", *["-"] * (len(head) - 2)])
+            continue
         middle = [statistics.median(found.rates[load.name]) for load in work]
         equal = sum(a == b for a, b in zip(found.tokens, reference, strict=False))
         rows.append(

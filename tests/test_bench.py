@@ -1,12 +1,15 @@
 """The benchmark measures what it says: rates, interleaving, memory, tables."""
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmcomp.bench import Load, Measured, loads, main, parse, rate, setting, setup_of, table
+import llmcomp.bench
+from llmcomp.bench import Died, Load, Measured, Process, loads, main, measure, parse, rate, setting, setup_of, table
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_overhead import decoding_step, measure_overhead, without_kernels
@@ -37,6 +40,40 @@ def test_the_table_holds_medians() -> None:
     lines = table(peers, work, 40e9).splitlines()
     assert lines[2] == "| eager | 10.0 | 6.0 | 3.0 | 2.0 | 2.00 | 25% | 4/4 |"
     assert lines[3] == "| llmcomp | 10.0 | 6.0 | - | 2.0 | 2.00 | 25% | 3/4 |"
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch, does: Mapping[str, str]) -> None:
+    """Processes that answer as peers do, once they have done what `does` says, in the place of the peers."""
+    program = (
+        "import json, os, sys\n"
+        "say = lambda **fields: print('bench:' + json.dumps(fields), flush=True)\n"
+        "say(weights=8)\n"
+        "for line in sys.stdin: {}; say(first=0.5, rest=0.5, tokens=[1, 2], peak=2e9, base=1e9)"
+    )
+    command = lambda peer, setup: [sys.executable, "-c", program.format(does[peer])]  # noqa: E731
+    monkeypatch.setattr(llmcomp.bench, "peer_command", command)
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_peer_that_dies_has_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
+    does = {"eager": "sys.exit(3)", "dynamo": "os.kill(os.getpid(), 9)", "llmcomp": "pass"}
+    stand_ins(monkeypatch, does)
+    work = (Load("decode b1", 1, 8, 2),)
+    results, _ = measure(list(does), setup_of(parse(["--model", "tiny"])), work, 2, cold)
+    lines = table(results, work, 16.0).splitlines()
+    assert lines[2] == "| eager | died: exit status 3 | - | - | - | - | - |"
+    assert lines[3] == "| dynamo | died: killed by signal 9, probably out of memory | - | - | - | - | - |"
+    assert lines[4] == f"| llmcomp | 2.0 | {'1.0' if cold else '-'} | 1.0 | 1.00 | 100% | 2/2 |"
+
+
+def test_a_peer_that_died_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_ins(monkeypatch, {"eager": "pass"})
+    process = Process("eager", setup_of(parse(["--model", "tiny"])), tmp_path)
+    process.pipe.kill()
+    process.pipe.wait()
+    with pytest.raises(Died, match="killed by signal 9"):
+        process.ask("memory")
+    process.close()
 
 
 def test_loads_of_every_batch_and_context() -> None:
