@@ -98,7 +98,7 @@ class Built:
 
 def find_compiler(cache: Cache, cxx: str | None = None) -> Compiler | None:
     """The C++ compiler of this machine: `cxx`, or $CXX, or the first of c++, g++, clang++; None without one
-    that works.
+    that works. Flags in $LLMCOMP_CXXFLAGS come after ours, and so win.
 
     What it is and which flags it takes is asked once and kept in the cache, for as long as its file is
     unchanged.
@@ -110,7 +110,8 @@ def find_compiler(cache: Cache, cxx: str | None = None) -> Compiler | None:
         if executable is not None:
             compiler = _identify(cache, (executable, *command[1:]))
             if compiler is not None:
-                return compiler
+                added = shlex.split(os.environ.get("LLMCOMP_CXXFLAGS", ""))
+                return replace(compiler, flags=(*compiler.flags, *added))
     return None
 
 

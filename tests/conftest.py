@@ -9,12 +9,25 @@ import torch
 import llmcomp.backend
 from llmcomp.report import GraphReport
 
+# Most tests ask whether kernels are right, and most of their time is the compiler's: it does not optimize for them.
+QUICK = "-O0"
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what tests build out of the user's cache; the next run finds it again."""
+    """Keep what tests build out of the user's cache, where the next run finds it again; build it quickly."""
     cache = getattr(config, "cache", None)
     if cache is not None:
         os.environ.setdefault("LLMCOMP_CACHE", str(cache.mkdir("llmcomp")))
+    os.environ.setdefault("LLMCOMP_CXXFLAGS", QUICK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Build the kernels of the files that are about C++ as users do: every family, with optimization."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name.startswith("test_cpp"):
+            patch.delenv("LLMCOMP_CXXFLAGS", raising=False)
+        yield
 
 
 @pytest.fixture

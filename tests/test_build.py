@@ -161,6 +161,18 @@ def test_command_with_arguments(cache: Cache) -> None:
     assert build([SOURCE], cache, compiler)[0].cached is False
 
 
+def test_added_flags(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come last, so that they win, and make other artefacts."""
+    before = build([SOURCE], cache)[0]
+    monkeypatch.setenv("LLMCOMP_CXXFLAGS", "-O1 '-DNAME=\"a b\"'")
+    compiler = find_compiler(cache)
+    assert compiler is not None and compiler.flags[-2:] == ("-O1", '-DNAME="a b"')
+    assert build([SOURCE], cache)[0].path != before.path
+    monkeypatch.setenv("LLMCOMP_CXXFLAGS", "--no-such-flag")
+    with pytest.raises(BuildError, match="no-such-flag"):
+        build([SOURCE], cache)
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o720])
 def test_folder_that_others_can_write_is_refused(cache: Cache, mode: int) -> None:
     cache.root.mkdir()
