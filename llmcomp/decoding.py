@@ -140,18 +140,25 @@ class Decoding:
         numbers = task.processing.numbers(self.vocabulary, self.prompt, task.stopping.ending, task.pad, device)
         rule = task.processing.rule(task.stopping.pads, task.scores)
         self.program = Replay(compiled_choice(rule, self.engine.options), numbers, keys)
-        if self.engine.model is not None and self.begun.known and can_fix(self.begun.cache):
-            model, options = self.engine.model, self.engine.options
-            longest = task.stopping.length - self.prompt + self.begun.length
-            self.forward = FixedForward(self.begun, model, options, longest, task.keeps_cache)
+        if self._replays():
+            model, options, more = self.engine.model, self.engine.options, task.stopping.length - self.prompt
+            assert model is not None
+            self.forward = FixedForward(self.begun, model, options, more, task.keeps_cache)
         return logits
+
+    def _replays(self) -> bool:
+        """Whether steps may be replayed: all of their inputs are tensors that do not move, and they are one graph."""
+        model = self.engine.model
+        # Transformers' word for models that compute the same with a cache of fixed size.
+        compiles = getattr(model, "_can_compile_fullgraph", False)
+        return bool(compiles) and self.begun.known and can_fix(self.begun.cache)
 
     def _more(self, tokens: Tensor) -> Tensor:
         """The logits (rows, count, vocabulary) behind `tokens` (rows, count), of which the first ends the text."""
         before = self.text.ids[:, : self.text.length - 1]
         try:
             return self.forward.more(tokens, before)
-        except torch._dynamo.exc.Unsupported as reason:
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError) as reason:
             if not isinstance(self.forward, FixedForward):
                 raise
             log.info("generate: steps are not replayed, for the model is not one graph: %s", reason)
@@ -266,8 +273,9 @@ class LookupDecoding(Decoding):
 
     def _guess(self) -> list[int]:
         """Tokens that may come next: none, or as many as are allowed, so that calls have two shapes and no more."""
-        room = self.task.stopping.length - self.text.length - 1
-        count = min(self.task.guess, room)
+        count = self.task.guess
+        if self.text.length + count >= self.task.stopping.length:
+            return []
         guess = self.lookup.guess(count, self.task.stopping.ending)
         # Some prompts hold tokens that the model has no logit for.
         if not guess or max(guess) >= self.vocabulary:

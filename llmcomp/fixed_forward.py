@@ -21,11 +21,12 @@ class FixedForward:
     """Goes on where a Forward has taken the prompt; the same calls, but for the cache, which is copied once."""
 
     def __init__(
-        self, forward: Forward, model: torch.nn.Module, options: Options, longest: int, keeps_cache: bool
+        self, forward: Forward, model: torch.nn.Module, options: Options, more: int, keeps_cache: bool
     ) -> None:
-        """There will be at most `longest` positions. Unless it is kept, the cache of `forward` is emptied."""
-        self.forward, self.model, self.options, self.longest = forward, model, options, longest
-        self.start = self.length = forward.length
+        """There will be at most `more` positions more. Unless it is kept, the cache of `forward` is emptied."""
+        self.forward, self.model, self.options = forward, model, options
+        self.start = self.length = int(forward.cache.get_seq_length())
+        self.longest = self.length + more
         self.inputs = dict(forward.inputs)
         if "position_ids" in self.inputs:
             self.inputs["position_ids"] = self.inputs["position_ids"].clone()

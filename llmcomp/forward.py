@@ -24,7 +24,6 @@ class Forward:
         self.config = config
         self.inputs = inputs
         self.known = False  # whether the inputs of calls behind the prompt are known
-        self.length = 0  # positions in the cache
 
     @property
     def cache(self) -> Any:
@@ -38,7 +37,6 @@ class Forward:
         """The logits (rows, vocabulary) behind the prompt `ids` (rows, length)."""
         outputs = self.model._prefill(ids, self.config, self.inputs)
         self._update(outputs)
-        self.length = self._cached(ids)
         self.known = self._is_known(ids)
         if self.known:
             self._keep_last_position()
@@ -55,7 +53,6 @@ class Forward:
         else:
             outputs = self.model(**self._prepared(torch.cat([before, tokens], 1), count), return_dict=True)
             self._update(outputs)
-        self.length += count
         logits: Tensor = outputs.logits[:, -count:].to(tokens.device)
         return logits
 
@@ -66,18 +63,12 @@ class Forward:
 
     def skip(self, count: int) -> None:
         """Note that the cache was given `count` tokens more, or fewer, by somebody else."""
-        self.length += count
         if count:
             self._extend(count)
 
     def record(self) -> None:
         """Have caches with a window keep what `take_back` needs."""
         self.cache.activate_past_recording()
-
-    def _cached(self, ids: Tensor) -> int:
-        """Positions in the cache; more than `ids` where they are only what is new."""
-        count = getattr(self.cache, "get_seq_length", lambda: ids.shape[1])()
-        return int(count)
 
     def _is_known(self, ids: Tensor) -> bool:
         kind, cache = type(self.model), self.inputs.get("past_key_values")

@@ -240,12 +240,11 @@ def _begin(
 
 def _engine(model: PreTrainedModel) -> Engine:
     """How a model that `_runnable` returned is compiled: by this backend as a whole, or in some other way."""
-    compiled = integrate.compiled_module(model)
-    function, settings = compat.compiler_of(model._compiled_call_impl if compiled is None else compiled)
+    original, call = integrate.behind(model) or (model, model._compiled_call_impl)
+    function, settings = compat.compiler_of(call)
     if function is not llmcomp:
         return Engine(read_options(), None)
-    options = read_options(settings.get("options"), settings.get("mode"))
-    return Engine(options, model if compiled is None else compiled._orig_mod)
+    return Engine(read_options(settings.get("options"), settings.get("mode")), original)
 
 
 def _pad(config: GenerationConfig) -> int:
@@ -273,12 +272,12 @@ def _finished(decoding: Decoding) -> Tensor | Output:
 
 def _runnable(model: nn.Module) -> PreTrainedModel:
     """`model` with calls that run compiled: itself where anything of it is compiled, else a stand-in for it."""
+    found = model
     if isinstance(model, compat.optimized_module()):
-        found = integrate.stand_in(model)
-    elif integrate.compiled_module(model) is not None or _is_compiled(model):
-        found = model
-    else:
-        found = integrate.stand_in(torch.compile(model, backend="llmcomp"))
+        found = integrate.stand_in(model._orig_mod, model)
+    elif integrate.behind(model) is None and not _is_compiled(model):
+        # As model.compile does, which would leave its mark on the model; so does torch.compile(model).
+        found = integrate.stand_in(model, torch.compile(model._call_impl, backend="llmcomp"))
     if not isinstance(found, GenerationMixin):
         raise GenerationError(
             f"expected a model of transformers that generates, found {type(model).__name__}: "

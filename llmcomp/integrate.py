@@ -32,7 +32,7 @@ def _generate_of(backend: Callable[..., Any]) -> property:
         if compat.backend_of(compiled) is not backend:
             # Python then asks the module's __getattr__, which forwards to the original module as ever.
             raise AttributeError("generate")
-        return stand_in(compiled).generate
+        return stand_in(compiled._orig_mod, compiled).generate
 
     def set_(compiled: Any, value: object) -> None:
         compiled._orig_mod.generate = value
@@ -43,28 +43,28 @@ def _generate_of(backend: Callable[..., Any]) -> property:
     return property(get, set_, delete)
 
 
-def compiled_module(model: Any) -> Any:
-    """What `torch.compile` made of a module, if `model` is a stand-in for that; else None."""
-    return getattr(type(model), "_llmcomp_compiled", None)
+def behind(model: Any) -> tuple[Any, Callable[..., Any]] | None:
+    """The module that `model` stands in for and its compiled calls; None where it is no stand-in."""
+    found: tuple[Any, Callable[..., Any]] | None = getattr(type(model), "_llmcomp_behind", None)
+    return found
 
 
-def stand_in(compiled: Any) -> Any:
-    """Return an object that is the original module in everything but its calls, which run compiled.
+def stand_in(original: Any, call: Callable[..., Any]) -> Any:
+    """Return an object that is the module `original` in everything but its calls, which are those of `call`.
 
     It shares the attributes of that module, so what is set on one is set on the other. The module itself is
     left as it is: eager, in other threads and during the call too.
     """
-    original = compiled._orig_mod
     kind = type(original)
     names = {
-        "__call__": lambda self, *args, **kwargs: compiled(*args, **kwargs),
+        "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
         # Transformers would compile decoding with a static cache once more, with Inductor.
         "get_compiled_call": lambda self, compile_config: self.__call__,
-        "_llmcomp_compiled": compiled,
+        "_llmcomp_behind": (original, call),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    stand_in: Any = object.__new__(type(kind.__name__, (kind,), names))
-    object.__setattr__(stand_in, "__dict__", original.__dict__)
-    return stand_in
+    made: Any = object.__new__(type(kind.__name__, (kind,), names))
+    object.__setattr__(made, "__dict__", original.__dict__)
+    return made
