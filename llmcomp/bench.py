@@ -28,7 +28,7 @@ from typing import Any
 
 from llmcomp.bench_machine import Bandwidth, describe, free_memory
 from llmcomp.bench_model import MODELS, Setup
-from llmcomp.bench_overhead import measure_overhead
+from llmcomp.bench_overhead import measure_loops, measure_overhead
 from llmcomp.bench_peer import MARK, PEERS
 
 DEFAULT_PEERS = "eager,inductor,inductor-freezing,llmcomp"
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"expected peers of {', '.join(PEERS)}, found {', '.join(sorted(unknown))}")
     setup = setup_of(args)
     if args.overhead:
-        print(f"{describe('cpu', setup.threads)}\n{measure_overhead(setup)}")
+        print(f"{describe('cpu', setup.threads)}\n{measure_overhead(setup)}\n{measure_loops(setup)}")
         return
     batches, contexts = ([int(n) for n in text.split(",")] for text in (args.batch, args.context))
     work = loads(batches, contexts, args.prefill, args.new)

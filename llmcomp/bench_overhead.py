@@ -3,7 +3,8 @@
     python -m llmcomp.bench --overhead --dtype bfloat16 --threads 1
 
 The compiled program is called directly, without Dynamo's guards and AOTAutograd's wrappers; the same host function
-with foreign calls that launch nothing gives the part that is ours.
+with foreign calls that launch nothing gives the part that is ours. Then the same model generates, by transformers'
+loop and by llmcomp.generate.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from transformers import StaticCache
 
 from llmcomp.backend import compile_aten
 from llmcomp.bench_model import Setup
+from llmcomp.bench_peer import generate, loop_of
 from llmcomp.capture import capture
 from llmcomp.codegen.build import build
 from llmcomp.codegen.cache import Cache
@@ -56,6 +58,33 @@ def measure_overhead(setup: Setup, rounds: int = ROUNDS) -> Overhead:
     with torch.no_grad():
         call, host = fastest([lambda: program(*inputs), lambda: idle(*inputs)], inputs, rounds)
     return Overhead(call, host, len(program.report.kernels), len(inputs))
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Seconds from one token to the next."""
+
+    transformers: float
+    ours: float
+
+    def __str__(self) -> str:
+        return (
+            f"one token of model.generate: {self.transformers * 1e6:.0f} us, "
+            f"of llmcomp.generate: {self.ours * 1e6:.0f} us"
+        )
+
+
+def measure_loops(setup: Setup, rounds: int = 20, new: int = 65) -> Loops:
+    """Time both loops on one compiled model: the fastest of `rounds` greedy generations of `new` tokens, in turns."""
+    torch.set_num_threads(setup.threads)
+    model = setup.build()
+    model.compile(backend="llmcomp")
+    runs = [loop_of(model, loop) for loop in ("transformers", "llmcomp")]
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds + 1):
+        for i, run in enumerate(runs):
+            best[i] = min(best[i], generate(run, setup, 1, 16, new)["rest"] / (new - 1))
+    return Loops(*best)
 
 
 def decoding_step(setup: Setup) -> tuple[Executable, Sequence[Any]]:

@@ -11,8 +11,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from llmcomp import generation
 from llmcomp.bench_model import Setup, bytes_per_token
 
 MARK = "bench:"
@@ -31,6 +33,7 @@ class Peer:
 
     backend: str | None
     mode: str | None = None
+    loop: str = "transformers"  # whose generate: model.generate or llmcomp.generate
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -42,6 +45,7 @@ PEERS = {
     "inductor-max-autotune": Peer("inductor", "max-autotune"),
     "llmcomp": Peer("llmcomp"),
     "llmcomp-max-autotune": Peer("llmcomp", "max-autotune"),
+    "llmcomp-generate": Peer("llmcomp", loop="llmcomp"),
 }
 
 
@@ -59,12 +63,18 @@ class Clock(BaseStreamer):
         """Called by generate at the end."""
 
 
-def generate(model: transformers.PreTrainedModel, setup: Setup, batch: int, prompt: int, new: int) -> dict[str, Any]:
+def loop_of(model: Any, loop: str) -> Callable[..., Tensor]:
+    """The function that generates: transformers' own or ours."""
+    generates: Callable[..., Tensor] = model.generate if loop == "transformers" else partial(generation.generate, model)
+    return generates
+
+
+def generate(run: Callable[..., Tensor], setup: Setup, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Seconds to the first token and from there to the last, and the tokens of the first row."""
     ids, clock = setup.prompt(batch, prompt), Clock()
     start = time.perf_counter()
     with torch.no_grad():
-        out: Tensor = model.generate(  # type: ignore[operator]  # transformers types it as Tensor | Module
+        out = run(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
@@ -109,9 +119,10 @@ def main() -> None:
     if peer.backend is not None:
         model.compile(backend=peer.backend, mode=peer.mode)
     answer({"weights": bytes_per_token(model), "pid": os.getpid()})
+    run = loop_of(model, peer.loop)
     for command in commands():
         do = command.pop("do")
-        answer(generate(model, setup, **command) if do == "generate" else memory(setup.device, base))
+        answer(generate(run, setup, **command) if do == "generate" else memory(setup.device, base))
 
 
 if __name__ == "__main__":

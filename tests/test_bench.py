@@ -12,7 +12,7 @@ import llmcomp.bench
 from llmcomp.bench import Died, Load, Measured, Process, loads, main, measure, parse, rate, setting, setup_of, table
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
-from llmcomp.bench_overhead import decoding_step, measure_overhead, without_kernels
+from llmcomp.bench_overhead import decoding_step, measure_loops, measure_overhead, without_kernels
 
 SMALL = {
     "vocab_size": 64,
@@ -123,6 +123,13 @@ def test_overhead() -> None:
     found = measure_overhead(setup, rounds=2)
     assert 0 < found.host < 1 and found.kernels > 5 and found.inputs > 10
     assert str(found).startswith(f"one decoding step, {found.kernels} kernels, {found.inputs} inputs: ")
+
+
+def test_overhead_of_loops() -> None:
+    setup = setup_of(parse(["--overhead", "--threads", "1", "--set", "num_hidden_layers=1"]))
+    found = measure_loops(setup, rounds=2, new=17)
+    assert 0 < found.ours < found.transformers < 1
+    assert "of llmcomp.generate: " in str(found)
 
 
 def test_the_overhead_is_that_of_everything_but_kernels() -> None:
