@@ -18,10 +18,13 @@ from llmcomp.codegen.fit import Lowerer
 from llmcomp.options import Options, read_options
 from llmcomp.passes import pipeline
 from llmcomp.passes.base import Pass, PassResult, run_passes
+from llmcomp.passes.cached_graph import CACHED
 from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN
 from llmcomp.program import compile_program, usable
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
+from llmcomp.reuse import ReusingProgram
 from llmcomp.target import cpu, detect
 
 
@@ -71,7 +74,7 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     captured, start = len(gm.graph.nodes), time.perf_counter()
     target = usable(detect(options, devices(gm.graph)), options)
     lowerer = Lowerer()
-    passes = () if target.name == "reference" else pipeline(target, lowerer.fits)
+    passes = () if target.name == "reference" else wanted(gm, pipeline(target, lowerer.fits), options)
     seen = debug.Stages(gm, options)
     kept = verify.Stages(gm) if options.verify else None
 
@@ -90,8 +93,28 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     seen.built(program.report, program.source)
     if kept is not None:
         program = verify.VerifiedProgram(program, kept.stages)
+    if (plan := gm.meta.get(PLAN)) is not None:
+        program = ReusingProgram(program, plan, lambda cached: compile_cached(cached, options), options.kv_cache_bytes)
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
+
+
+def compile_cached(gm: GraphModule, options: Options) -> Program:
+    """Compile a cached graph, made of a proof that the passes left on a captured one."""
+    with compat.real_tensors():
+        program, _ = compile_aten(gm, options)
+    return program
+
+
+def wanted(gm: GraphModule, passes: tuple[Pass, ...], options: Options) -> tuple[Pass, ...]:
+    """The passes for one graph: a KV cache is inserted into whole inference graphs, and the passes before it are
+    done where it has been.
+    """
+    at = passes.index(INSERT_KV_CACHE)
+    if gm.meta.get("kind") == CACHED:
+        return passes[at + 1 :]
+    inserts = options.kv_cache == "auto" and gm.meta.get("kind") == "inference"
+    return passes if inserts else passes[:at] + passes[at + 1 :]
 
 
 def devices(graph: Graph) -> frozenset[torch.device]:

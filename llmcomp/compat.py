@@ -6,7 +6,7 @@ up when they are used, so importing this module is cheap and a name that moved g
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -234,3 +234,39 @@ def graph_break(gm: GraphModule) -> str | None:
     frame = ended.user_stack[-1] if ended.user_stack else None
     place = "" if frame is None else f" ({frame.filename}:{frame.lineno})"
     return str(ended.reason).strip().splitlines()[0] + place
+
+
+def compile_seconds() -> tuple[float, float]:
+    """Seconds that this process has spent in Dynamo (traces and guards), and in the backends that it called."""
+    times = private("torch._dynamo.utils", "compile_times", "knows how long compiling took")
+    names, seconds = times(repr="csv", aggregate=True)
+    found = {name: float(value) for name, value in zip(names, seconds, strict=True)}
+    backends = found.get("OutputGraph.call_user_compiler", 0.0)
+    return found.get("_compile.compile_inner", 0.0) - backends, backends
+
+
+def fresh_sizes(hints: Mapping[str, int]) -> tuple[Any, dict[str, torch.SymInt]]:
+    """A fake tensor mode of its own, and in it one symbolic size for each name, of which `hints` is an example.
+
+    A size made so is taken to be at least 2, as all symbolic sizes are.
+    """
+    purpose = "makes symbolic sizes"
+    symbols = "torch.fx.experimental.symbolic_shapes"
+    environment = private(symbols, "ShapeEnv", purpose)()
+    dynamic = private(symbols, "DimDynamic", purpose).DYNAMIC
+    named = private("torch._dynamo.source", "ConstantSource", purpose)
+    mode = private("torch._subclasses.fake_tensor", "FakeTensorMode", purpose)(shape_env=environment)
+    sizes = {}
+    for name, hint in hints.items():
+        source = named(name)
+        symbol = environment.create_symbol(hint, source, dynamic_dim=dynamic, constraint_dim=None)
+        sizes[name] = environment.create_symintnode(symbol, hint=hint, source=source)
+    return mode, sizes
+
+
+def sized(mode: Any, expression: Any, hint: int) -> int | torch.SymInt:
+    """A size of the fake tensor mode `mode` that is a sympy expression of its symbols."""
+    if expression.is_Integer:
+        return int(expression)
+    size: torch.SymInt = mode.shape_env.create_symintnode(expression, hint=hint)
+    return size

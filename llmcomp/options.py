@@ -21,6 +21,7 @@ TARGETS = ("auto", "triton", "cpp", "reference")
 # (which transformers passes unasked) and "max-autotune" may replay launches as a CUDA graph; both
 # "max-autotune" search for Triton launch configurations. On the CPU all four mean the same.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+KV_CACHES = ("auto", "off")
 # What a compiled graph may spend on that search with the "max-autotune" modes, in seconds.
 TUNE_SECONDS = 60.0
 
@@ -35,6 +36,8 @@ class Options:
     threads: int | None = None  # of a CPU kernel; None asks torch at each call
     tune: float | None = None  # seconds to search launch configurations, for each graph; None follows the mode
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
+    kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
+    kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
     debug: int = 0  # 1 passes and times, 2 operator counts, 3 graphs, 4 kernel sources; on stderr
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
 
@@ -84,6 +87,8 @@ _RULES = {
         "a number of seconds, or None for 60 with the max-autotune modes and 0 otherwise",
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
+    "kv_cache": _one_of(KV_CACHES),
+    "kv_cache_bytes": _Rule("a positive whole number of bytes", lambda v: _whole_number(v) and v > 0),
     "cache": _Rule("a folder", lambda v: isinstance(v, str | Path) and str(v) != "", _path),
     "debug": _Rule("a whole number from 0 to 4", lambda v: _whole_number(v) and 0 <= v <= 4),
     "dump": _Rule(

@@ -8,6 +8,7 @@ from llmcomp.passes.base import Pass
 from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
 from llmcomp.passes.groups import Fits, Library
+from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE
 from llmcomp.passes.partition import partition
 from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
 from llmcomp.passes.recognize_append import RECOGNIZE_APPEND
@@ -37,6 +38,7 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
         RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
         RECOGNIZE_GATED,  # act(gate) * up -> gated
         RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        INSERT_KV_CACHE,  # a proof that only new positions need computing, for llmcomp/reuse.py
         RECOGNIZE_APPEND,  # cat of a past with new keys or values -> cache_grow and cache_write_
         recognize_bmm(library),  # products of batches of matrices -> grouped_linear
         CANONICALIZE,  # copies that only the old forms needed

@@ -16,6 +16,7 @@ from math import inf
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from llmcomp.graph import argument, insert, is_tensor, same_shape, val
 from llmcomp.passes.constants import number
@@ -30,6 +31,7 @@ Path = tuple[Node, ...]
 # Adding this or less hides a key: the lowest number of float16, the narrowest dtype that masks come in.
 HIDING = torch.finfo(torch.float16).min
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _NOT = (aten.bitwise_not.default, aten.logical_not.default)
 _AND = (aten.bitwise_and.Tensor, aten.logical_and.default)
 _OR = (aten.bitwise_or.Tensor, aten.logical_or.default)
@@ -84,6 +86,10 @@ def _parts(change: Added) -> Iterator[Change]:
     node, deeper = change.node, (*change.path, change.node)
     if (hidden := _hidden(node, change.factor)) is not None:
         yield replace(hidden, path=deeper if hidden.visible is not node else change.path)
+    elif change.factor > 0 and (split := _hidden_and_added(node)) is not None:
+        condition, negate, added = split
+        yield Hidden(condition, negate, -inf, deeper)
+        yield from _parts(replace(change, node=added, path=deeper))
     elif through_view(node, (None,) * val(node).dim()) is not None or is_cast(node):
         for part in _parts(replace(change, node=_first(node), path=deeper)):
             yield _rounded(part, val(node).dtype)
@@ -100,12 +106,34 @@ def _hidden(node: Node, factor: float) -> Hidden | None:
     if node.target is aten.triu.default:
         low = number(node.args[0])
         return None if low is None or low * factor > HIDING else Hidden(node, True, low * factor)
-    if node.target not in WHERE:
+    choice = _choice(node)
+    if choice is None:
         return None
-    condition, (yes, no) = _first(node), map(number, node.args[1:3])
+    condition, (yes, no) = choice[0], map(number, choice[1:])
     if yes is None or no is None or max(yes, no) != 0 or min(yes, no) * factor > HIDING:
         return None
     return Hidden(condition, yes != 0, min(yes, no) * factor)
+
+
+def _hidden_and_added(node: Node) -> tuple[Node, bool, Node] | None:
+    """where(visible, bias, -inf), or where(hidden, -inf, bias): (condition, whether it hides, bias)."""
+    choice = _choice(node)
+    if choice is None:
+        return None
+    condition, yes, no = choice
+    for bias, low in ((yes, no), (no, yes)):
+        if number(low) == -inf and isinstance(bias, Node) and is_tensor(bias) and number(bias) is None:
+            return condition, bias is no, bias
+    return None
+
+
+def _choice(node: Node) -> tuple[Node, Argument, Argument] | None:
+    """(condition, what it gives where true, where false) of where and of masked_fill."""
+    if node.target in WHERE:
+        return _first(node), node.args[1], node.args[2]
+    if node.target in FILLS and isinstance(node.args[1], Node):
+        return node.args[1], node.args[2], node.args[0]
+    return None
 
 
 def _rounded(part: Change, dtype: torch.dtype) -> Change:

@@ -234,6 +234,55 @@ def _filled(node: Node, index: Index) -> Affine | None:
     return Affine(0, 0, value) if isinstance(value, int | SymInt) else None
 
 
+def _joined(node: Node, index: Index) -> Affine | None:
+    """Parts one behind the other that go on as one rule, such as -1 and 0, 1, 2, ..."""
+    parts, dim = node.args[0], int(argument(node, "dim")) % len(index)  # type: ignore[arg-type]
+    assert isinstance(parts, list | tuple)
+    at, before = index[dim], 0
+    values: list[tuple[Affine, int, bool]] = []
+    for part in parts:
+        assert isinstance(part, Node)
+        size = val(part).shape[dim]
+        if at is None or (len(values) + 1 < len(parts) and not _is_one(size)):
+            return None
+        value = integer(part, (*index[:dim], ZERO if _is_one(size) else at.plus(-before), *index[dim + 1 :]))
+        if value is None:
+            return None
+        values.append((value, before, _is_one(size)))
+        before = before + 1
+    rule = values[-1][0]
+    for value, position, single in values:
+        if single and (at is None or not _agrees(rule, value, at, position)):
+            return None
+    return rule
+
+
+def _agrees(rule: Affine, value: Affine, at: Affine, position: int) -> bool:
+    """Whether `rule`, which counts with the axis at `at`, is `value` at one position of that axis."""
+    slopes = {(1, 0): rule.query, (0, 1): rule.key}
+    slope = slopes.pop((at.query, at.key), None)
+    if slope is None or any(slopes.values()) or (value.query, value.key) != (0, 0):
+        return False
+    return same_size(rule.rest + slope * (position - at.rest), value.rest)
+
+
+def _picked(node: Node, index: Index) -> Affine | None:
+    """A vector, behind axes of one element, read at positions that are affine themselves."""
+    source, picks = node.args[:2]
+    assert isinstance(source, Node) and isinstance(picks, list | tuple)
+    if len(picks) != val(source).dim() or not all(isinstance(p, Node) for p in picks):
+        return None
+    places = [integer(p, broadcast(index, val(p))) for p in picks if isinstance(p, Node)]
+    return None if None in places else integer(source, tuple(places))
+
+
+def _counted(node: Node, index: Index) -> Affine | None:
+    """Running sums of what is never true."""
+    source = node.args[0]
+    never = isinstance(source, Node) and val(source).dtype == torch.bool and truth(source, index) == (NEVER,)
+    return ZERO if never else None
+
+
 _INTEGERS: Mapping[object, Callable[[Node, Index], Affine | None]] = {
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), _arange),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _sum(1)),
@@ -242,6 +291,9 @@ _INTEGERS: Mapping[object, Callable[[Node, Index], Affine | None]] = {
     **dict.fromkeys((aten.full.default, aten.scalar_tensor.default), _filled),
     aten._to_copy.default: lambda node, index: integer(node.args[0], index),
     aten.neg.default: lambda node, index: _negated(integer(node.args[0], index)),
+    aten.cat.default: _joined,
+    aten.index.Tensor: _picked,
+    aten.cumsum.default: _counted,
 }
 
 
@@ -314,9 +366,25 @@ def _not(node: Node, index: Index) -> Terms | None:
     return negated(truth(source, index))
 
 
+def _equal(negate: bool) -> TruthRule:
+    """a == b, or a != b where `negate`, where they differ by the same number everywhere."""
+
+    def rule(node: Node, index: Index) -> Terms | None:
+        a, b = (_operand(x, index) for x in node.args[:2])
+        difference = None if a is None or b is None else a - b
+        if difference is None or (difference.query, difference.key) != (0, 0):
+            return None
+        rest = constant(difference.rest)
+        return None if rest is None else () if (rest == 0) != negate else (NEVER,)
+
+    return rule
+
+
 def _compared_with_zero(negate: bool) -> TruthRule:
     def rule(node: Node, index: Index) -> Terms | None:
         source, number = node.args[:2]
+        if (fixed := _equal(not negate)(node, index)) is not None:
+            return fixed
         if isinstance(number, Node) or number != 0 or not isinstance(source, Node):
             return None
         terms = truth(source, broadcast(index, val(source)))
@@ -363,6 +431,8 @@ _TRUTHS: Mapping[object, TruthRule] = {
     **dict.fromkeys((aten.bitwise_and.Tensor, aten.logical_and.default), _and),
     **dict.fromkeys((aten.bitwise_or.Tensor, aten.logical_or.default), _or),
     **dict.fromkeys((aten.bitwise_not.default, aten.logical_not.default), _not),
+    aten.eq.Tensor: _equal(negate=False),
+    aten.ne.Tensor: _equal(negate=True),
     aten.eq.Scalar: _compared_with_zero(negate=True),
     aten.ne.Scalar: _compared_with_zero(negate=False),
     aten.tril.default: _triangle(1),

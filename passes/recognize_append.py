@@ -25,6 +25,7 @@ from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.sizes import size_node, writable
 
 aten = torch.ops.aten
+CACHES = (torch.ops.llmcomp.cache_room.default, torch.ops.llmcomp.cache_grow.default)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _appended(operand: Node) -> Growth | None:
 
 def _begun(operand: Node, attention: Node) -> Growth | None:
     """An operand of a first call: the graph returns it, or a copy of it, and it is as long as the queries."""
-    if operand.op != "call_function" or val(operand).dim() != 4:
+    if operand.op != "call_function" or val(operand).dim() != 4 or operand.target in CACHES:
         return None
     copies = [u for u in operand.users if u.target is aten.clone.default and g.is_returned(u)]
     returned = copies or g.is_returned(operand)

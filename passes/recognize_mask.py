@@ -60,24 +60,25 @@ def read(parts: Iterable[Change], shape: Shape, band: Band = FULL) -> Reading:
             finite.append(part)
             lowered += conjuncts(part, shape.index)
         else:
-            for condition in conjuncts(part, shape.index):
-                narrowed = narrow(band, condition.terms, shape)
-                visible += [condition] if narrowed is None else []
-                band = narrowed or band
-    narrowed = _narrowed_by_all(band, lowered, shape)
-    if narrowed is None:
+            visible += conjuncts(part, shape.index)
+    band, visible = _narrowed(band, visible, shape)
+    whole, rest = _narrowed(band, lowered, shape)
+    if rest or (lowered and not every_row_sees(whole, shape)):
         return Reading(band, (*added, *finite), tuple(visible))
-    return Reading(narrowed, tuple(added), tuple(visible))
+    return Reading(whole, tuple(added), tuple(visible))
 
 
-def _narrowed_by_all(band: Band, lowered: Sequence[Conjunct], shape: Shape) -> Band | None:
-    """The band with all of `lowered` in it, if each is structure and every row keeps a key."""
-    for condition in lowered:
+def _narrowed(band: Band, conditions: list[Conjunct], shape: Shape) -> tuple[Band, list[Conjunct]]:
+    """The band with those of `conditions` in it that are structure, and the others.
+
+    The order does not matter: that no key further back than 8 is seen is a window only beside a limit above.
+    """
+    rest = []
+    for condition in conditions:
         narrowed = narrow(band, condition.terms, shape)
-        if narrowed is None:
-            return None
-        band = narrowed
-    return band if not lowered or every_row_sees(band, shape) else None
+        rest += [condition] if narrowed is None else []
+        band = narrowed or band
+    return (band, rest) if len(rest) in (0, len(conditions)) else _narrowed(band, rest, shape)
 
 
 class MaskWriter:

@@ -177,3 +177,13 @@ def test_two_threads_that_keep_operators_take_turns():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert max(most) == 1
+
+
+def test_sizes_of_our_own_are_symbols_with_examples():
+    mode, sizes = compat.fresh_sizes({"past": 8, "new": 24})
+    total = compat.sized(mode, sizes["past"].node.expr + sizes["new"].node.expr, 32)
+    with mode:
+        x = torch.empty(2, total)
+    assert str(x.shape[1]) == str(total) != "32" and total.node.hint == 32
+    assert compat.sized(mode, sizes["past"].node.expr * 0 + 3, 3) == 3
+    assert total > 31  # answered by the example

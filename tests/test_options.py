@@ -31,6 +31,8 @@ def test_every_field_can_be_set():
         "verify": True,
         "threads": 3,
         "tune": 2.5,
+        "kv_cache": "off",
+        "kv_cache_bytes": 1 << 20,
         "cache": "/tmp/a",
         "debug": 2,
         "dump": Path("/tmp/b"),
@@ -63,8 +65,8 @@ def test_seconds_of_tuning_win_over_the_mode():
 @pytest.mark.parametrize(
     ("asked", "parts"),
     [
-        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, cache"]),
-        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, cache, debug, dump"]),
+        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, kv_cache"]),
+        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, kv_cache, kv_cache_bytes, cache, debug, dump"]),
         ({"target": "cuda"}, ["target", "auto, triton, cpp, reference", "'cuda'"]),
         ({"target": "trito"}, ["did you mean 'triton'"]),
         ({"target": ["cpp"]}, ["target", "['cpp']"]),

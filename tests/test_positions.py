@@ -40,6 +40,25 @@ def test_integers_are_affine_in_the_positions():
             (None, QUERY, KEY),
             Affine(1, 1, 1),
         ),
+        "picked by position": (lambda x: torch.arange(3, 9)[torch.arange(QUERIES) + 1] + 0, (QUERY,), Affine(1, 0, 4)),
+        "picked by data": (lambda x: torch.arange(3, 9)[x] + 0, (QUERY,), None),
+        "shifted": (
+            lambda x: torch.cat([torch.arange(1) - 1, torch.arange(QUERIES)]) * 1 + 0,
+            (QUERY,),
+            None,  # a product is not read
+        ),
+        "one before": (
+            lambda x: torch.cat([torch.arange(1) - 1, torch.arange(QUERIES)])[:QUERIES] + 0,
+            (QUERY,),
+            Affine(1, 0, -1),
+        ),
+        "a step": (lambda x: torch.cat([torch.arange(1), torch.arange(QUERIES)]) + 0, (QUERY,), None),
+        "sums of what is never true": (
+            lambda x: (torch.arange(QUERIES) == torch.arange(QUERIES) + 1).cumsum(0) + 3,
+            (QUERY,),
+            Affine(0, 0, 3),
+        ),
+        "sums of data": (lambda x: (x == 1).cumsum(0) + 3, (QUERY,), None),
         "data": (lambda x: torch.arange(QUERIES) + x, (QUERY,), None),
         "product": (lambda x: torch.arange(QUERIES) * torch.arange(QUERIES), (QUERY,), None),
     }
@@ -58,6 +77,10 @@ def test_booleans_are_conjunctions():
         "gt": (lambda x: i() > 2, (Affine(1, 0, -3),)),
         "and": (lambda x: (j() <= i()) & (j() >= 2), (*causal, Affine(0, 1, -2))),
         "not": (lambda x: ~(j() > i()), causal),
+        "equal everywhere": (lambda x: i() + 1 == i() + 1, ()),
+        "equal nowhere": (lambda x: i() - i() == 1, (NEVER,)),
+        "unequal everywhere": (lambda x: i() + 1 != i() + 2, ()),
+        "equal somewhere": (lambda x: i() == j(), None),
         "not and": (lambda x: ~((j() > i()) & (j() > 2)), None),
         "or nothing": (lambda x: (j() <= i()) | torch.zeros(QUERIES, KEYS, dtype=torch.bool), causal),
         "or everything": (lambda x: (j() <= i()) | torch.ones(QUERIES, KEYS, dtype=torch.bool), ()),

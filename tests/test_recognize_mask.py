@@ -103,6 +103,25 @@ def test_queries_behind_a_cache():
     assert three == (True, "3", 0, "none") and close_by == (True, "1", 0, "none")
 
 
+def test_the_order_of_conditions_does_not_matter():
+    def fn(x: Tensor) -> Tensor:
+        i, j = positions(x.shape[0], x.shape[0])
+        mask = torch.where((j > i - 3) & (j <= i), 0.0, LOWEST)
+        return attend(x.shape[0], x.shape[0], mask.expand(B, 1, -1, -1)) + x.sum()
+
+    assert found(rewritten(fn, torch.zeros(4), dynamic=True)) == [(True, "0", 3, "none")]
+
+
+def test_a_bias_and_what_hides_come_apart():
+    def fn(x: Tensor) -> list[Tensor]:
+        i, j = positions(7, 7)
+        bias = x * (j - i)
+        masks = torch.where(j <= i, bias, -torch.inf), bias.masked_fill(j > i, -torch.inf)
+        return [attend(7, 7, mask.expand(B, H, -1, -1)) for mask in masks]
+
+    assert found(rewritten(fn, torch.tensor(0.5))) == [(True, "0", 0, "float32 [1, 1, 7, 7]")] * 2
+
+
 def test_length_of_a_cache_may_be_symbolic():
     def fn(cache: Tensor, x: Tensor) -> Tensor:
         past, queries = cache.shape[0], x.shape[0]

@@ -1,0 +1,315 @@
+"""A program that keeps a KV cache of its own: a loop of model(ids) with growing ids computes only what is new.
+
+    call 1    model(ids[:, :5])     in full; the tokens are remembered
+    call 2    model(ids[:, :6])     in full: extends call 1
+    call 3    model(ids[:, :7])     in full, and what the proof says can be kept is kept (the fill program)
+    call 4    model(ids[:, :8])     one position (the step program)
+    other     model(other)          what follows the longest known prefix (the chunk program), or in full
+
+Each call returns what the full computation returns, all positions of it. Results that grow show the memory of
+the cache (llmcomp/headroom.py), so that nothing is copied; where a caller writes into one, the next call
+notices by torch's version counters, computes in full, and from then on results are copies.
+
+What is kept belongs to the weights of the call: other weights, or weights that torch operators changed since,
+do not match. Writes that torch does not count (through .data or numpy) go unseen: call llmcomp.reset then.
+"""
+
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from llmcomp.errors import LlmcompError
+from llmcomp.headroom import reserved
+from llmcomp.passes.cached_graph import insert_cache
+from llmcomp.passes.insert_kv_cache import Plan, lent, results
+from llmcomp.prefix import common_prefix
+from llmcomp.report import Program
+
+log = logging.getLogger("llmcomp")
+
+# A call after so many that each extended the one before by a few tokens is taken for a turn of a loop, worth a
+# program. Prompts that extend each other, as in a chat, do so by more.
+TURNS, FEW = 2, 4
+# Sequences of which only the tokens are remembered, to notice a loop.
+REMEMBERED = 8
+
+FILL, STEP, CHUNK = "fill", "step", "chunk"
+# (positions kept, positions computed) that each program is made for; None: any number from 2 on.
+SHAPES: dict[str, tuple[int | None, int | None]] = {FILL: (0, None), STEP: (None, 1), CHUNK: (None, None)}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a cache belongs to: the tensors that are no sequence, as they were, and the other inputs."""
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[int, ...]
+    addresses: tuple[int, ...]
+    numbers: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of one call, sorted."""
+
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[object, ...]
+    sequences: tuple[Tensor, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sequence that was computed: its tokens, how often in a row it was extended, what was kept of it."""
+
+    owner: Owner
+    sequences: tuple[Tensor, ...]
+    length: int
+    turns: int = 0
+    slots: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the slots keep, the room behind them included."""
+        return sum(map(reserved, self.slots))
+
+
+class ReusingProgram:
+    """A compiled graph that keeps caches between calls. Safe to call from several threads."""
+
+    def __init__(
+        self, full: Program, plan: Plan, compile_cached: Callable[[GraphModule], Program], most_bytes: int
+    ) -> None:
+        """`full` computes the graph of `plan` in full; `compile_cached` compiles the cached graphs made of it."""
+        self.report, self.source = full.report, full.source
+        self._full, self._plan, self._compile, self._most = full, plan, compile_cached, most_bytes
+        self._lock, self._building = threading.RLock(), threading.RLock()
+        self._entries: list[Entry] = []  # the most recently used last
+        self._programs: dict[str, Program] = {}
+        self._wanted: Counter[str] = Counter()
+        self._copies = False  # whether results are copies, since callers write into them
+        self._results = [lent(plan, node) for node in results(plan.gm.graph)]
+        self._layout = _Layout(plan)
+        _reusing.add(self)
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        call = self._layout.read(inputs)
+        if call is None or torch.compiler.is_compiling():
+            return self._full(*inputs)
+        entry, prefix = self._longest(call)
+        if entry is not None and entry.versions != _versions(entry.slots):
+            self._forget(entry)
+            self._copies = True
+            entry, prefix = Entry(entry.owner, entry.sequences, entry.length, TURNS), prefix
+        past = min(prefix, call.length - 1)
+        extends = entry is not None and prefix == entry.length and call.length > prefix
+        turns = entry.turns + 1 if entry is not None and extends and call.length - past <= FEW else 0
+        kind = self._kind(entry, past, call.length - past, turns)
+        if kind is None or not self._ready(kind):
+            outputs = self._full(*inputs)
+            slots: tuple[Tensor, ...] = ()
+        else:
+            outputs, slots = self._run(kind, inputs, entry, past, call.length - past)
+        self._remember(call, entry if extends or past == call.length - 1 else None, turns, slots)
+        return outputs
+
+    def reset(self, owners: frozenset[int] | None = None) -> None:
+        """Drop what is kept: all of it, or what belongs to tensors of which one has its id in `owners`."""
+        with self._lock:
+            self._entries = [e for e in self._entries if owners is not None and not _owned(e.owner, owners)]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that all caches keep."""
+        with self._lock:
+            return sum(e.bytes for e in self._entries)
+
+    # ---- which program
+
+    def _longest(self, call: Call) -> tuple[Entry | None, int]:
+        """The entry with the longest common prefix, and its length; a cache of half the call counts for more."""
+        with self._lock:
+            entries = [e for e in reversed(self._entries) if _is_owner(e.owner, call)]
+        best, longest, served = None, 0, False
+        for entry in entries:
+            prefix = common_prefix(entry.sequences, call.sequences, self._layout.axes)
+            serves = bool(entry.slots) and 2 * prefix >= call.length
+            if (serves, prefix) > (served, longest):
+                best, longest, served = entry, prefix, serves
+            if serves and prefix == min(entry.length, call.length):
+                break
+        return best, longest
+
+    def _kind(self, entry: Entry | None, past: int, new: int, turns: int) -> str | None:
+        """The program for a call, None for the full one."""
+        if entry is not None and entry.slots and past >= 2 and (new == 1 or past >= new // 4):
+            return STEP if new == 1 else CHUNK
+        return FILL if turns >= TURNS and not (entry is not None and entry.slots) and past + new >= 2 else None
+
+    def _ready(self, kind: str) -> bool:
+        """Whether there is the program `kind`, compiling it where that is worth it; chunks are when wanted twice."""
+        with self._building:
+            self._wanted[kind] += 1
+            if kind in self._programs:
+                return True
+            if self._wanted[kind] < (2 if kind == CHUNK else 1):
+                return False
+            try:
+                self._programs[kind] = self._compile(insert_cache(self._plan, *SHAPES[kind]).gm)
+            except LlmcompError:
+                raise
+            except Exception as error:  # the proof held, so this is a defect; the full program is right
+                log.warning("llmcomp: the %s program of a KV cache failed to compile: %r", kind, error)
+                self._wanted[kind] = -(1 << 30)
+                return False
+            return True
+
+    # ---- running
+
+    def _run(
+        self, kind: str, inputs: Sequence[Any], entry: Entry | None, past: int, new: int
+    ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        extra: list[Any] = []
+        if kind != FILL:
+            assert entry is not None
+            extra.append(past)
+            extra += [new] if kind == CHUNK else []
+            pasts = zip(entry.slots, self._plan.slots, strict=True)
+            extra += [t.narrow(s.axis, 0, past + s.extra) for t, s in pasts]
+        # Outside of inference mode, tensors count the writes into them.
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = self._programs[kind](*inputs, *extra)
+            count = len(self._plan.slots)
+            returned, slots = outputs[: len(outputs) - count], outputs[len(outputs) - count :]
+            if self._copies:
+                returned = tuple(
+                    t.clone() if slot is not None else t for t, slot in zip(returned, self._results, strict=True)
+                )
+        return returned, slots
+
+    # ---- what is kept
+
+    def _remember(self, call: Call, old: Entry | None, turns: int, slots: tuple[Tensor, ...]) -> None:
+        sequences = tuple(t.detach().clone() for t in call.sequences)
+        owner = _owner(call, weakref.WeakMethod(self._bury))
+        entry = Entry(owner, sequences, call.length, turns, slots, _versions(slots))
+        with self._lock:
+            if old is not None and (slots or not old.slots):
+                self._entries = [e for e in self._entries if e is not old]
+            self._entries.append(entry)
+            self._evict()
+
+    def _evict(self) -> None:
+        """Keep within the bounds; the least recently used go first."""
+        short = [e for e in self._entries if not e.slots][:-REMEMBERED]
+        self._entries = [e for e in self._entries if all(e is not s for s in short)]
+        total = sum(e.bytes for e in self._entries)
+        for entry in [e for e in self._entries if e.slots]:
+            if total <= self._most:
+                return
+            total -= entry.bytes
+            self._entries = [e for e in self._entries if e is not entry]
+            if total == 0:
+                _warn_too_large(entry.bytes, self._most)
+
+    def _bury(self) -> None:
+        """Free the caches of weights that are gone."""
+        with self._lock:
+            self._entries = [e for e in self._entries if all(r() is not None for r in e.owner.tensors)]
+
+    def _forget(self, entry: Entry) -> None:
+        with self._lock:
+            self._entries = [e for e in self._entries if e is not entry]
+
+
+class _Layout:
+    """Where in the inputs of a graph is what."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.sequences = plan.sequences
+        self.axes = tuple(s.axis for s in plan.sequences)
+        placeholders = plan.gm.graph.find_nodes(op="placeholder")
+        along = {s.position for s in plan.sequences}
+        lengths = {i for i, n in enumerate(placeholders) if _varies(n.meta.get("val"), plan.length)}
+        self.others = [i for i in range(len(placeholders)) if i not in along | lengths]
+
+    def read(self, inputs: Sequence[Any]) -> Call | None:
+        """The inputs, sorted; None where one of them does not count the writes into it."""
+        others = [inputs[i] for i in self.others]
+        tensors = tuple(t for t in others if isinstance(t, Tensor))
+        if any(t.is_inference() for t in tensors):
+            return None
+        sequences = tuple(inputs[s.position] for s in self.sequences)
+        numbers = tuple(n for n in others if not isinstance(n, Tensor))
+        return Call(tensors, numbers, sequences, sequences[0].shape[self.axes[0]])
+
+
+def _varies(value: object, length: Any) -> bool:
+    return isinstance(value, torch.SymInt) and length in value.node.expr.free_symbols
+
+
+def _owner(call: Call, bury: weakref.WeakMethod[Callable[[], None]]) -> Owner:
+    """The owner that `call` names; `bury` is called when the first of its tensors is gone."""
+
+    def gone(ref: object) -> None:
+        if (method := bury()) is not None:
+            method()
+
+    first = [weakref.ref(t, gone) for t in call.tensors[:1]]
+    refs = (*first, *map(weakref.ref, call.tensors[1:]))
+    return Owner(refs, _versions(call.tensors), _addresses(call.tensors), call.numbers)
+
+
+def _is_owner(owner: Owner, call: Call) -> bool:
+    return (
+        owner.numbers == call.numbers
+        and all(r() is t for r, t in zip(owner.tensors, call.tensors, strict=True))
+        and owner.versions == _versions(call.tensors)
+        and owner.addresses == _addresses(call.tensors)
+    )
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)
+
+
+def _owned(owner: Owner, ids: frozenset[int]) -> bool:
+    return any((t := ref()) is not None and id(t) in ids for ref in owner.tensors)
+
+
+def _warn_too_large(bytes: int, most: int) -> None:
+    log.warning(
+        "llmcomp: a KV cache of %.1f MiB is more than kv_cache_bytes allows (%.1f MiB), so a growing sequence is "
+        "computed in full at each call: raise options={'kv_cache_bytes': ...}, or set kv_cache='off'",
+        bytes / 2**20,
+        most / 2**20,
+    )
+
+
+# torch keeps compiled programs where nobody can ask for them; reset() has to find them.
+_reusing: "weakref.WeakSet[ReusingProgram]" = weakref.WeakSet()
+
+
+def reset(model: nn.Module | None = None) -> None:
+    """Free the KV caches that compiled programs keep between calls: those of `model`, or all.
+
+    To be called after weights were written in a way that torch does not count (through `.data` or numpy).
+    """
+    owners = None
+    if model is not None:
+        owners = frozenset(id(t) for t in (*model.parameters(), *model.buffers()))
+    for program in list(_reusing):
+        program.reset(owners)

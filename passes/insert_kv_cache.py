@@ -1,0 +1,175 @@
+"""A graph without a cache becomes one that computes only the positions that are new.
+
+    def (ids: i64[1, s])
+    q, k, v = linear(embedding(w, ids)), ...; attention(q, k, v, causal); return linear(...)
+
+        ->
+
+    def (ids: i64[1, p + n], p, n, keys: f32[1, H, p, D], values: f32[1, H, p, D], results: f32[1, p, V])
+    new = slice(ids, 1, p, p + n)
+    q, k, v = linear(embedding(w, new)), ...
+    keys = cache_grow(keys, n, 2); cache_write_(keys, k, arange(p, p + n), 2); ...
+    attention(q, keys, values, causal at offset p); return results
+
+The proof is passes/relations.py: no element of what is kept may change when the sequence gets longer. The pass
+leaves the graph as it is and notes the proof on it (`PLAN`); `insert` makes the cached graph of a proof when a
+program first wants one (llmcomp/reuse.py). What is kept are the slots: computed tensors of which all positions
+are read (keys, values) or returned (logits). Whatever depends on positions or tokens alone is made anew.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from llmcomp.graph import insert, is_contiguous, is_tensor, replace, val
+from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.demand import Demands, content, find_demands
+from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.relation_experts import ordered
+from llmcomp.passes.relation_rules import POINTWISE, RULES
+from llmcomp.passes.relations import Mixing, Relation, Rules, expression, relate
+
+PLAN = "kv_cache"
+"""The key of a graph module's meta under which the pass leaves its proof."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """An input along the sequence: its place among the inputs, and its axis."""
+
+    position: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What is kept from call to call: a tensor that grows along `axis`, with s + `extra` elements there."""
+
+    node: Node
+    axis: int
+    extra: int
+    attended: bool  # attention reads it as keys or values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A graph with the proof that it can be computed piece by piece."""
+
+    gm: GraphModule
+    length: sympy.Symbol
+    relations: dict[Node, Relation] = field(repr=False)
+    demands: Demands = field(repr=False)
+    sequences: tuple[Sequence, ...] = ()
+    slots: tuple[Slot, ...] = ()
+
+
+def _run(graph: Graph, report: Report) -> None:
+    gm = graph.owning_module
+    if gm is None or not _attends(graph):
+        return
+    failure: Mixing | None = None
+    for length in _lengths(graph):
+        try:
+            gm.meta[PLAN] = prove(gm, length)
+            report.rewrites += 1
+            return
+        except Mixing as mixing:
+            failure = failure or mixing
+    if failure is not None:
+        report.miss(failure.node, failure.reason)
+
+
+INSERT_KV_CACHE = Pass("insert_kv_cache", _run, needs=frozenset({SHAPES}))
+
+
+def _attends(graph: Graph) -> bool:
+    return any(True for _ in graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default))
+
+
+def _lengths(graph: Graph) -> Iterator[sympy.Symbol]:
+    """Symbols that may be the length of the sequence: sizes of inputs, those of integer tensors first."""
+    inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not n.meta.get("static")]
+    seen = set()
+    for node in sorted(inputs, key=lambda n: val(n).dtype.is_floating_point):
+        for size in reversed(val(node).shape):
+            symbol = expression(size)
+            if symbol.is_Symbol and symbol not in seen:
+                seen.add(symbol)
+                yield symbol
+
+
+def prove(gm: GraphModule, length: sympy.Symbol) -> Plan:
+    """The proof that `gm` can be computed piece by piece along the sequence of `length`, on a copy of its graph.
+
+    Raises:
+        Mixing: it cannot; says which node stopped it and why.
+    """
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    _copy_parts_only(graph)
+    copy = GraphModule(gm, graph)
+    try:
+        return _proved(copy, length)
+    except Mixing as mixing:
+        originals = {c: n for n, c in copies.items()}
+        raise Mixing(originals.get(mixing.node, mixing.node), mixing.reason) from None
+
+
+def _copy_parts_only(graph: Graph) -> None:
+    """slice(clone(x)) becomes clone(slice(x)): the last few keys of a sliding window are not a copy of all."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
+        copy = node.args[0]
+        if isinstance(copy, Node) and copy.target is torch.ops.aten.clone.default:
+            with graph.inserting_before(node):
+                part = insert(graph, torch.ops.aten.slice.Tensor, copy.args[0], *node.args[1:])
+                replace(node, insert(graph, torch.ops.aten.clone.default, part, **copy.kwargs))
+    graph.eliminate_dead_code()
+
+
+def _proved(gm: GraphModule, length: sympy.Symbol) -> Plan:
+    relations = relate(gm.graph, length, Rules(RULES, POINTWISE, ordered))
+    for node in results(gm.graph):
+        relation = relations.get(node)
+        if relation is not None and relation.along and (relation.ahead or 0) > 0:
+            raise Mixing(node, f"a result looks {relation.ahead} positions ahead")
+    demands = find_demands(gm.graph, results(gm.graph), relations)
+    slots = tuple(_slot(node, relations[node], gm.graph) for node in demands.kept)
+    if not slots:
+        raise Mixing(next(iter(reversed(results(gm.graph)))), "nothing that is computed for earlier positions is read")
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    sequences = tuple(Sequence(i, r.axes[0]) for i, n in inputs if (r := relations[n]).along)
+    return Plan(gm, length, relations, demands, sequences, slots)
+
+
+def _slot(node: Node, relation: Relation, graph: Graph) -> Slot:
+    (along,) = relation.along
+    attentions = graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default)
+    attended = any(node in a.args[1:3] for a in attentions)
+    return Slot(node, along.axis, along.extra, attended)
+
+
+def results(graph: Graph) -> list[Node]:
+    """The nodes that a graph returns."""
+    (output,) = graph.find_nodes(op="output")
+    given = output.args[0]
+    assert isinstance(given, list | tuple)
+    return [n for n in given if isinstance(n, Node)]
+
+
+def lent(plan: Plan, result: Node) -> Slot | None:
+    """The slot whose memory a result of the cached graph shows, or None where it has its own."""
+    node = content(result, plan.relations)
+    slot = next((s for s in plan.slots if s.node is node), None)
+    return None if slot is None or is_copied(slot, result) else slot
+
+
+def is_copied(slot: Slot, result: Node) -> bool:
+    """Slots lie position by position. Keys and values are returned so; other results are copied where eager's
+    are contiguous and a slot is not, so that view() goes on working.
+    """
+    before = val(result).shape[: slot.axis]
+    return not slot.attended and is_contiguous(val(result)) and any(n != 1 for n in before)
