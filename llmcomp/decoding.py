@@ -70,17 +70,12 @@ class Text:
         """All tokens (rows, length); a view."""
         return self._buffer[:, : self.length]
 
-    @property
-    def last(self) -> Tensor:
-        """The last token of every row (rows, 1), contiguous."""
-        return self.ids[:, -1:].contiguous()
-
     def add(self, tokens: Tensor) -> None:
         """Append a token (rows) to every row."""
         if self.length == self._buffer.shape[1]:
             room = min(self.longest, 2 * self.length) - self.length
             self._buffer = torch.cat([self._buffer, self._buffer.new_empty(len(self._buffer), room)], 1)
-        self._buffer[:, self.length] = tokens
+        self._buffer.select(1, self.length).copy_(tokens)
         self.length += 1
 
     def cut(self, count: int) -> None:
@@ -105,7 +100,7 @@ class Decoding:
 
     def advance(self) -> None:
         """One call of the model, and the tokens that follow from it."""
-        logits = self._begin() if self.text.length == self.prompt else self._more(self.text.last)[:, -1]
+        logits = self._begin() if self.text.length == self.prompt else self._more(self.token[:, None])[:, -1]
         self._take(self._choose(logits, self.state), logits)
 
     def tokens(self) -> Iterator[Tensor]:
@@ -155,15 +150,14 @@ class Decoding:
 
     def _more(self, tokens: Tensor) -> Tensor:
         """The logits (rows, count, vocabulary) behind `tokens` (rows, count), of which the first ends the text."""
-        before = self.text.ids[:, : self.text.length - 1]
         try:
-            return self.forward.more(tokens, before)
+            return self.forward.more(tokens, self.text.ids)
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError) as reason:
             if not isinstance(self.forward, FixedForward):
                 raise
             log.info("generate: steps are not replayed, for the model is not one graph: %s", reason)
             self.forward = self.forward.back()
-            return self.forward.more(tokens, before)
+            return self.forward.more(tokens, self.text.ids)
 
     def _choose(self, logits: Tensor, state: State, guess: Sequence[int] = ()) -> Chosen:
         """The next token of every row of `logits` (rows, vocabulary)."""
@@ -187,7 +181,8 @@ class Decoding:
         """Add the chosen tokens to the text, and see whether that was the end."""
         finished = self.state.finished if chosen.finished is None else chosen.finished
         self.state = State(chosen.step, finished, self.state.seen if chosen.seen is None else chosen.seen)
-        self.text.add(chosen.token)
+        self.token = chosen.token
+        self.text.add(self.token)
         if chosen.scores is not None:
             self.scores.append(chosen.scores)
         if self.task.logits:
@@ -260,7 +255,7 @@ class LookupDecoding(Decoding):
             logits = self._begin()
         else:
             guess = self._guess()
-            logits = self._more(torch.tensor([[self.lookup.tokens[-1], *guess]], device=self.text.ids.device))[0]
+            logits = self._more(torch.tensor([[self.lookup.tokens[-1], *guess]], device=self.token.device))[0]
         chosen = self._choose(logits, self._behind(guess), guess)
         tokens, taken = chosen.token.tolist(), 0
         for token, expected in zip(tokens, [*guess, None], strict=True):

@@ -34,8 +34,8 @@ class FixedForward:
         if not keeps_cache:
             empty(forward.cache)
 
-    def more(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """The logits (rows, count, vocabulary) behind each of `tokens` (rows, count).
+    def more(self, tokens: Tensor, text: Tensor) -> Tensor:
+        """The logits (rows, count, vocabulary) behind each of `tokens` (rows, count), as those of a Forward.
 
         Raises:
             torch._dynamo.exc.Unsupported: the model cannot be compiled as one graph; nothing has happened yet.

@@ -44,14 +44,17 @@ class Forward:
         logits: Tensor = outputs.logits[:, -1].to(ids.device).clone(memory_format=torch.contiguous_format)
         return logits
 
-    def more(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """The logits (rows, count, vocabulary) behind each of `tokens` (rows, count), which follow `before`."""
+    def more(self, tokens: Tensor, text: Tensor) -> Tensor:
+        """The logits (rows, count, vocabulary) behind each of `tokens` (rows, count).
+
+        The first of them is the last of `text` (rows, length), all tokens so far.
+        """
         count = tokens.shape[1]
         if self.known:
             outputs = self.model(**self._next(tokens), return_dict=True)
             self._extend(1)
         else:
-            outputs = self.model(**self._prepared(torch.cat([before, tokens], 1), count), return_dict=True)
+            outputs = self.model(**self._prepared(torch.cat([text, tokens[:, 1:]], 1), count), return_dict=True)
             self._update(outputs)
         logits: Tensor = outputs.logits[:, -count:].to(tokens.device)
         return logits

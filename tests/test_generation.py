@@ -219,7 +219,7 @@ def test_prompt_lookup_changes_no_token(compiled: PreTrainedModel, settings: dic
 def test_prompt_lookup_makes_fewer_calls(eager: PreTrainedModel, compiled: PreTrainedModel, monkeypatch) -> None:
     calls = []
     more = decoding.FixedForward.more
-    monkeypatch.setattr(decoding.FixedForward, "more", lambda self, t, b: calls.append(t.shape[1]) or more(self, t, b))
+    monkeypatch.setattr(decoding.FixedForward, "more", lambda self, t, x: calls.append(t.shape[1]) or more(self, t, x))
     ids = eager.generate(token_ids(1, 9, 0), max_new_tokens=60)  # small models repeat themselves
     expected = eager.generate(ids, max_new_tokens=40)
     assert torch.equal(llmcomp.generate(compiled, ids, max_new_tokens=40, prompt_lookup_num_tokens=3), expected)
