@@ -271,6 +271,8 @@ def _section(
     for node, row in accumulators:
         if axes and not _evenly_spaced(row, axes[-1].symbol):
             raise Unfit(f"{node.name} is read at columns that are not evenly spaced")
+    if not accumulators:
+        raise Unfit(f"{segment.outputs[-1].trace.output.name} has columns that no linear layer computes")
     section_axes = axes or (K.Axis(axis_symbol("n"), sympy.Integer(1)),)
     return p, K.Section(section_axes, tuple(accumulators.values()), tuple(p.statements))
 
@@ -330,6 +332,8 @@ def _accumulating(
         expected = ZERO if rows.size == 1 else rows.symbol
         if sympy.expand(p.space.flatten(at[:-1], lead) - expected) != 0:
             raise Unfit(f"{node.name} is read at another row")
+        if not (p.space.at_least(at[-1], ZERO) and p.space.below(at[-1], size(fake(node).shape[-1]))):
+            raise Unfit(f"{node.name} is a part of the columns")  # the rest would be products with no weight
         key = (node, sympy.expand(at[-1]))
         if key not in accumulators:
             name = p.name("acc")
