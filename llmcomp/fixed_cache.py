@@ -60,9 +60,10 @@ class FixedCache(Cache):
 
 def can_fix(cache: object) -> bool:
     """Whether `fixed` can take over what `cache` holds."""
-    layers = _layers(cache) if isinstance(cache, Cache) else []
+    layers = _layers(cache) if isinstance(cache, Cache) and not cache.offloading else []
     known = (DynamicLayer, DynamicSlidingWindowLayer)
-    return bool(layers) and all(type(layer) in known and layer.is_initialized for layer in layers)
+    filled = bool(layers) and all(type(layer) in known and layer.is_initialized for layer in layers)
+    return filled and len({layer.keys.device for layer in layers}) == 1
 
 
 def _layers(cache: Cache) -> list[Any]:

@@ -90,7 +90,7 @@ class Processing:
         penalty = self.by_type.get(RepetitionPenaltyLogitsProcessor)
         if penalty is None:
             return torch.zeros(len(ids), 0, dtype=torch.bool, device=ids.device)
-        start = getattr(penalty, "prompt_ignore_length", None)  # 5.17 has none
+        start = penalty.prompt_ignore_length
         start = torch.as_tensor(0 if start is None else start, device=ids.device).view(-1, 1)
         counts = torch.arange(ids.shape[1], device=ids.device) >= start
         # Tokens that do not count, and those that the head has no logit for, go to a column that is cut off.

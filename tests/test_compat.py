@@ -126,6 +126,17 @@ def test_backend_of_a_compiled_module():
     assert compat.backend_of(layer) is None
 
 
+def test_compiler_of_a_function_and_a_module():
+    layer, settings = torch.nn.Linear(4, 4), {"options": {"target": "reference"}}
+    layer.compile(backend="llmcomp", **settings)
+    for compiled in (layer._compiled_call_impl, torch.compile(layer, backend="llmcomp", **settings)):
+        assert compat.compiler_of(compiled) == (llmcomp.backend.llmcomp, settings)
+    mode = torch.compile(layer.forward, backend="llmcomp", mode="max-autotune")
+    assert compat.compiler_of(mode) == (llmcomp.backend.llmcomp, {"mode": "max-autotune"})
+    assert compat.compiler_of(torch.compile(layer.forward, backend="eager"))[0] is not llmcomp.backend.llmcomp
+    assert compat.compiler_of(layer.forward) == compat.compiler_of(None) == (None, {})
+
+
 def test_bisector_tries_us_before_inductor():
     from torch._inductor.compiler_bisector import BACKENDS
 

@@ -25,6 +25,12 @@ def filled(config: LlamaConfig, count: int) -> DynamicCache:
     return cache
 
 
+def offloaded() -> DynamicCache:
+    cache = filled(LLAMA, 3)
+    cache.offloading = True  # as offloading=True does where there is an accelerator
+    return cache
+
+
 @pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["llama", "mistral"])
 @pytest.mark.parametrize("count", [3, 9])
 def test_there_and_back(config: LlamaConfig, count: int) -> None:
@@ -59,11 +65,12 @@ def test_a_mask_covers_the_capacity() -> None:
         (filled(LLAMA, 3), True),
         (filled(MISTRAL, 3), True),
         (DynamicCache(config=LLAMA), False),
+        (offloaded(), False),
         (StaticCache(config=LLAMA, max_cache_len=8), False),
         (None, False),
         (((torch.zeros(1), torch.zeros(1)),), False),
     ],
-    ids=["dynamic", "windows", "empty", "static", "none", "tuple"],
+    ids=["dynamic", "windows", "empty", "offloaded", "static", "none", "tuple"],
 )
 def test_what_can_be_fixed(cache: Cache | None, can: bool) -> None:
     assert can_fix(cache) == can

@@ -73,7 +73,10 @@ def test_top_p_behind_a_top_k_that_ends_among_equals() -> None:
 
 @pytest.mark.parametrize("start", [None, 2, torch.tensor([0, 2])])
 def test_repeated_tokens_are_penalized_as_in_transformers(start: int | Tensor | None) -> None:
-    penalty = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=start)
+    try:
+        penalty = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=start)
+    except ValueError:
+        pytest.skip("this transformers knows only one length for all rows")
     x = logits(2)
     processing = read_processors(LogitsProcessorList([penalty]), False)
     rule, numbers = settings(penalty, sample=False)
