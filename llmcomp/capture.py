@@ -83,7 +83,7 @@ def _marking(kind: str, compile_graph: CompileGraph) -> CompileGraph:
             node.meta["static"] = i in static
         gm.meta["kind"] = kind
         # The compiler is called in the middle of tracing, but works on constants and tables of its own.
-        with compat.real_tensors(), compat.no_fallback():
+        with compat.timed("llmcomp"), compat.real_tensors(), compat.no_fallback():
             return compile_graph(gm, inputs)
 
     return compile_marked

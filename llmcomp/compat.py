@@ -236,13 +236,20 @@ def graph_break(gm: GraphModule) -> str | None:
     return str(ended.reason).strip().splitlines()[0] + place
 
 
-def compile_seconds() -> tuple[float, float]:
-    """Seconds that this process has spent in Dynamo (traces and guards), and in the backends that it called."""
-    times = private("torch._dynamo.utils", "compile_times", "knows how long compiling took")
+def timed(name: str) -> AbstractContextManager[None]:
+    """Book the time spent inside as `name` in torch's account of compiling."""
+    context: AbstractContextManager[None] = private("torch._dynamo.utils", "dynamo_timed", "keeps account")(name)
+    return context
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that this process has spent in Dynamo, in the backends that it called, and therein in llmcomp."""
+    times = private("torch._dynamo.utils", "compile_times", "tells the account")
     names, seconds = times(repr="csv", aggregate=True)
     found = {name: float(value) for name, value in zip(names, seconds, strict=True)}
-    backends = found.get("OutputGraph.call_user_compiler", 0.0)
-    return found.get("_compile.compile_inner", 0.0) - backends, backends
+    backend = found.get("OutputGraph.call_user_compiler", 0.0)
+    dynamo = found.get("_compile.compile_inner", 0.0) - backend
+    return {"dynamo": dynamo, "backend": backend, "llmcomp": found.get("llmcomp", 0.0)}
 
 
 def fresh_sizes(hints: Mapping[str, int]) -> tuple[Any, dict[str, torch.SymInt]]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -165,6 +166,20 @@ def test_errors_that_dynamo_answers_with_eager_are_errors():
         torch.ones(2).sum().item()
     with pytest.raises(KeyError), compat.no_fallback():
         raise KeyError
+
+
+def test_compiling_is_accounted_for_by_part():
+    def backend(gm, inputs):
+        with compat.timed("llmcomp"):
+            time.sleep(0.1)
+        time.sleep(0.2)
+        return gm.forward
+
+    torch._dynamo.reset()
+    before = compat.compile_seconds()
+    torch.compile(lambda x: x + 1, backend=backend)(torch.randn(2))
+    spent = {part: seconds - before[part] for part, seconds in compat.compile_seconds().items()}
+    assert 0.1 <= spent["llmcomp"] < spent["backend"] and spent["backend"] >= 0.3 and spent["dynamo"] > 0
 
 
 def test_a_name_that_torch_lost_gives_a_readable_error():
