@@ -21,6 +21,23 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("LLMCOMP_CXXFLAGS", QUICK)
 
 
+# Files whose tests take long and share nothing: each test goes to the worker that is free.
+SPREAD = ("test_bench.py", "test_integrate.py", "test_kv_cache.py", "test_models.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With -n, leave a file to one worker: its tests share what the first of them builds."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(SPREAD) else file
+
+    return ByFile(config, log) if config.getoption("dist") == "load" else None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
     """Build the kernels of the files that are about C++ as users do: every family, with optimization."""
