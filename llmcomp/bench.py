@@ -4,6 +4,7 @@
     python -m llmcomp.bench --model tiny --peers eager,llmcomp --json out.json
     python -m llmcomp.bench --config Qwen3Config --set num_hidden_layers=8 --dtype float32
     python -m llmcomp.bench --context 64,2048                        decoding behind long prompts too
+    python -m llmcomp.bench --growing 512 --peers llmcomp,inductor   a loop of model(ids) without a cache
     python -m llmcomp.bench --overhead                               what a call costs beside its kernels
 
 Every peer is a process of its own, started twice: with empty caches (cold) and with those that this left
@@ -15,24 +16,22 @@ reading the weights.
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmcomp.bench_growing import compile_first, growing_table, measure_growing
 from llmcomp.bench_machine import Bandwidth, describe, free_memory
 from llmcomp.bench_model import MODELS, Setup
 from llmcomp.bench_overhead import measure_loops, measure_overhead
-from llmcomp.bench_peer import MARK, PEERS
+from llmcomp.bench_peer import PEERS
+from llmcomp.bench_process import Died, Process, running, say
 
 DEFAULT_PEERS = "eager,inductor,inductor-freezing,llmcomp"
-CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "LLMCOMP_CACHE": "llmcomp"}
 
 
 @dataclass(frozen=True)
@@ -59,77 +58,16 @@ class Measured:
     died: str = ""  # how, if its process did not live to the end
 
 
-class Died(Exception):
-    """The process of a peer has ended; the text says how."""
-
-
-class Process:
-    """A running peer. Everything that waits for an answer raises Died where none can come."""
-
-    def __init__(self, peer: str, setup: Setup, caches: Path) -> None:
-        self.peer = peer
-        folders = {name: str(caches / peer / folder) for name, folder in CACHES.items()}
-        environment = {**os.environ, **folders, **PEERS[peer].environment}
-        self.pipe = subprocess.Popen(
-            peer_command(peer, setup), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.weights = int(self._answer()["weights"])
-
-    def ask(self, do: str, **fields: object) -> dict[str, Any]:
-        """Send a command and wait for its answer."""
-        assert self.pipe.stdin is not None
-        with suppress(BrokenPipeError):
-            self.pipe.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-            self.pipe.stdin.flush()
-        return self._answer()
-
-    def generate(self, load: Load) -> dict[str, Any]:
-        """Run a load once."""
-        return self.ask("generate", batch=load.batch, prompt=load.prompt, new=load.new)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.pipe.stdin is not None
-        with suppress(BrokenPipeError):
-            self.pipe.stdin.close()
-        self.pipe.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.pipe.stdout is not None
-        for line in self.pipe.stdout:
-            if line.startswith(MARK):
-                found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return found
-        raise Died(ending(self.pipe.wait()))
-
-
-def peer_command(peer: str, setup: Setup) -> list[str]:
-    """The command line that starts a peer."""
-    return [sys.executable, "-m", "llmcomp.bench_peer", peer, json.dumps(asdict(setup))]
-
-
-def ending(status: int) -> str:
-    """How a process ended, in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    return f"killed by signal {-status}" + (", probably out of memory" if status == -signal.SIGKILL else "")
-
-
-@contextmanager
-def running(peer: str, setup: Setup, caches: Path) -> Iterator[Process]:
-    """A peer, ended afterwards."""
-    process = Process(peer, setup, caches)
-    try:
-        yield process
-    finally:
-        process.close()
-
-
 def loads(batches: Sequence[int], contexts: Sequence[int], prefill: int, new: int) -> tuple[Load, ...]:
     """Decoding at every batch size behind prompts of every length, and prefill."""
     first = contexts[0]
     decode = [Load(f"decode b{b}{'' if c == first else f' at {c}'}", b, c, new) for c in contexts for b in batches]
     return (*decode, Load(f"prefill {prefill}", 1, prefill, 2))
+
+
+def run_load(process: Process, load: Load) -> dict[str, Any]:
+    """Run a load once."""
+    return process.ask("generate", batch=load.batch, prompt=load.prompt, new=load.new)
 
 
 def rate(load: Load, answer: Mapping[str, Any]) -> float:
@@ -141,13 +79,8 @@ def rate(load: Load, answer: Mapping[str, Any]) -> float:
 
 def first_call(process: Process) -> float:
     """Seconds of the first short generation, in which everything is compiled."""
-    answer = process.generate(Load("first", 1, 64, 4))
+    answer = run_load(process, Load("first", 1, 64, 4))
     return float(answer["first"] + answer["rest"])
-
-
-def say(text: str) -> None:
-    """Progress, for the person who waits."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def measure(
@@ -168,7 +101,7 @@ def measure(
                 found.weights, found.warm = processes[name].weights, first_call(processes[name])
                 say(f"{name}: first call {found.warm:.1f} s with warm caches; {free_memory()}")
                 for load in work:
-                    processes[name].generate(load)
+                    run_load(processes[name], load)
         bandwidth = Bandwidth(setup.device, setup.threads)
         speeds = [run_round(i, rounds, processes, results, work, bandwidth) for i in range(rounds)]
         for name, found in living(results):
@@ -205,11 +138,22 @@ def run_round(
     for load in work:
         for name, found in living(results):
             with surviving(name, found):
-                answer = processes[name].generate(load)
+                answer = run_load(processes[name], load)
                 found.rates.setdefault(load.name, []).append(rate(load, answer))
                 found.tokens = found.tokens or answer["tokens"]
     say(f"round {index + 1} of {rounds}")
     return bandwidth.measure()
+
+
+def grow(names: Sequence[str], setup: Setup, prompt: int, new: int, stride: int) -> None:
+    """Measure a loop without a cache, and print its table."""
+    with tempfile.TemporaryDirectory(prefix="llmcomp-bench-") as folder, ExitStack() as stack:
+        processes = {name: stack.enter_context(running(name, setup, Path(folder))) for name in names}
+        for name, process in processes.items():
+            say(f"{name}: compiled in {compile_first(process, prompt):.1f} s; {free_memory()}")
+        results = measure_growing(processes, prompt, new, stride)
+    print(f"{describe(setup.device, setup.threads)}\n{setup.config} {setup.settings} {setup.dtype}\n")
+    print(growing_table(results, prompt, new))
 
 
 def table(results: Mapping[str, Measured], work: Sequence[Load], bandwidth: float) -> str:
@@ -271,6 +215,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=33, help="tokens that a decoding run generates")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--overhead", action="store_true", help="measure only what a call costs beside its kernels")
+    parser.add_argument("--growing", type=int, help="measure only so many calls of a loop without a cache")
+    parser.add_argument("--stride", type=int, default=1, help="with --growing: other peers run every so manyth call")
     parser.add_argument("--no-cold", action="store_true", help="leave out the runs with empty caches")
     parser.add_argument("--json", type=Path, help="where to write every number")
     return parser.parse_args(arguments)
@@ -302,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setup = setup_of(args)
     if args.overhead:
         print(f"{describe('cpu', setup.threads)}\n{measure_overhead(setup)}\n{measure_loops(setup)}")
+        return
+    if args.growing is not None:
+        grow(names, setup, int(args.context.split(",")[0]), args.growing, args.stride)
         return
     batches, contexts = ([int(n) for n in text.split(",")] for text in (args.batch, args.context))
     work = loads(batches, contexts, args.prefill, args.new)

@@ -1,6 +1,7 @@
 """One peer of a benchmark, in a process of its own: builds the model, then does what it reads from stdin.
 
     {"do": "generate", "batch": 1, "prompt": 64, "new": 64}  ->  {"first": 0.1, "rest": 2.5, "tokens": [...]}
+    {"do": "grow", "start": 64, "stop": 128, ...}            ->  {"seconds": {...}, "chosen": {...}, "tokens": [...]}
     {"do": "memory"}                                         ->  {"peak": 2.5e9, "base": 0.4e9}
 
 Answers are lines that begin with MARK; anything else on stdout is chatter of the libraries.
@@ -65,7 +66,7 @@ class Clock(BaseStreamer):
 
 def loop_of(model: Any, loop: str) -> Callable[..., Tensor]:
     """The function that generates: transformers' own or ours."""
-    generates: Callable[..., Tensor] = model.generate if loop == "transformers" else partial(generation.generate, model)
+    generates: Callable[..., Any] = model.generate if loop == "transformers" else partial(generation.generate, model)
     return generates
 
 
@@ -85,6 +86,25 @@ def generate(run: Callable[..., Tensor], setup: Setup, batch: int, prompt: int, 
         )
     first, last = clock.times[1], clock.times[-1]
     return {"first": first - start, "rest": last - first, "tokens": out[0, prompt:].tolist()}
+
+
+def grow(
+    model: Any, setup: Setup, start: int, stop: int, stride: int, tokens: list[int], chooses: bool
+) -> dict[str, Any]:
+    """Calls of the model with `start` to `stop` - 1 tokens: `tokens` and what comes of them where the peer `chooses`,
+    else those given. Seconds and the token chosen, by length.
+    """
+    known = setup.prompt(1, start)[0].tolist() if not tokens else list(tokens)
+    seconds, chosen = {}, {}
+    for length in range(start, stop, stride):
+        ids = torch.tensor([known[:length]], device=setup.device)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            token = int(model(ids).logits[0, -1].argmax())
+        seconds[length], chosen[length] = time.perf_counter() - begin, token
+        if chooses:
+            known.append(token)
+    return {"seconds": seconds, "chosen": chosen, "tokens": known}
 
 
 def memory(device: str, base: float) -> dict[str, float]:
@@ -121,8 +141,13 @@ def main() -> None:
     answer({"weights": bytes_per_token(model), "pid": os.getpid()})
     run = loop_of(model, peer.loop)
     for command in commands():
-        do = command.pop("do")
-        answer(generate(run, setup, **command) if do == "generate" else memory(setup.device, base))
+        match command.pop("do"):
+            case "generate":
+                answer(generate(run, setup, **command))
+            case "grow":
+                answer(grow(model, setup, **command))
+            case _:
+                answer(memory(setup.device, base))
 
 
 if __name__ == "__main__":

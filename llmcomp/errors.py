@@ -31,3 +31,7 @@ class CacheError(LlmcompError):
 
 class GenerationError(LlmcompError):
     """Something that `llmcomp.generate` was asked for, or was given, that it cannot work with."""
+
+
+class MemoryFullError(LlmcompError):
+    """A KV cache does not fit into the memory of its device; the message names its size and what lowers it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcomp.compat import owners
+from llmcomp.errors import MemoryFullError
 from llmcomp.ops import outermost
 
 _TAKEN = "_llmcomp_taken"
@@ -35,13 +36,25 @@ def room(shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.devic
     """A new cache of undefined content with room behind it: llmcomp::cache_room of a program.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: the device has too little memory.
+        MemoryFullError: the device has too little memory.
     """
     strides = outermost(shape, dim)
     step = strides[dim]
-    buffer = torch.empty(capacity(shape[dim]) * step, dtype=dtype, device=device)
+    buffer = _allocated(capacity(shape[dim]) * step, shape, dtype, device)
     setattr(buffer.untyped_storage(), _TAKEN, shape[dim] * step)
     return buffer.as_strided(shape, strides)
+
+
+def _allocated(count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(count, dtype=dtype, device=device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises the latter
+        size = count * dtype.itemsize / 2**20
+        raise MemoryFullError(
+            f"expected {size:.1f} MiB on {device} for a KV cache of shape {tuple(shape)} with room to grow, found too "
+            f"little memory: shorten the sequences or the batch, free other caches (llmcomp.reset()), or lower what "
+            f"programs keep with options={{'kv_cache_bytes': ...}} or kv_cache='off'"
+        ) from error
 
 
 def grow(past: Tensor, count: int, dim: int) -> Tensor:

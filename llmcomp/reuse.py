@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from llmcomp.errors import LlmcompError
+from llmcomp.errors import LlmcompError, MemoryFullError
 from llmcomp.headroom import reserved
 from llmcomp.passes.cached_graph import insert_cache
 from llmcomp.passes.insert_kv_cache import Plan, lent, results
@@ -114,11 +114,7 @@ class ReusingProgram:
         extends = entry is not None and prefix == entry.length and call.length > prefix
         turns = entry.turns + 1 if entry is not None and extends and call.length - past <= FEW else 0
         kind = self._kind(entry, past, call.length - past, turns)
-        if kind is None or not self._ready(kind):
-            outputs = self._full(*inputs)
-            slots: tuple[Tensor, ...] = ()
-        else:
-            outputs, slots = self._run(kind, inputs, entry, past, call.length - past)
+        outputs, slots = self._outputs(kind, inputs, entry, past, call.length - past)
         self._remember(call, entry if extends or past == call.length - 1 else None, turns, slots)
         return outputs
 
@@ -174,6 +170,18 @@ class ReusingProgram:
             return True
 
     # ---- running
+
+    def _outputs(
+        self, kind: str | None, inputs: Sequence[Any], entry: Entry | None, past: int, new: int
+    ) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+        """What a call returns, and what is kept of it."""
+        if kind is not None and self._ready(kind):
+            try:
+                return self._run(kind, inputs, entry, past, new)
+            except MemoryFullError as error:  # a call that fits without a cache must not fail for one
+                log.warning("llmcomp: computed in full: %s", error)
+                self.reset()
+        return self._full(*inputs), ()
 
     def _run(
         self, kind: str, inputs: Sequence[Any], entry: Entry | None, past: int, new: int
@@ -243,7 +251,9 @@ class _Layout:
         self.others = [i for i in range(len(placeholders)) if i not in along | lengths]
 
     def read(self, inputs: Sequence[Any]) -> Call | None:
-        """The inputs, sorted; None where one of them does not count the writes into it."""
+        """The inputs, sorted; None where one of them does not count the writes into it, or nothing can be read now."""
+        if any(inputs[s.position].is_cuda for s in self.sequences) and torch.cuda.is_current_stream_capturing():
+            return None
         others = [inputs[i] for i in self.others]
         tensors = tuple(t for t in others if isinstance(t, Tensor))
         if any(t.is_inference() for t in tensors):

@@ -4,15 +4,18 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import llmcomp.bench
-from llmcomp.bench import Died, Load, Measured, Process, loads, main, measure, parse, rate, setting, setup_of, table
+import llmcomp.bench_process
+from llmcomp.bench import Load, Measured, loads, main, measure, parse, rate, setting, setup_of, table
+from llmcomp.bench_growing import growing_table, measure_growing
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_overhead import decoding_step, measure_loops, measure_overhead, without_kernels
+from llmcomp.bench_process import Died, Process
 
 SMALL = {
     "vocab_size": 64,
@@ -51,7 +54,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, does: Mapping[str, str]) -> None:
         "for line in sys.stdin: {}; say(first=0.5, rest=0.5, tokens=[1, 2], peak=2e9, base=1e9)"
     )
     command = lambda peer, setup: [sys.executable, "-c", program.format(does[peer])]  # noqa: E731
-    monkeypatch.setattr(llmcomp.bench, "peer_command", command)
+    monkeypatch.setattr(llmcomp.bench_process, "peer_command", command)
 
 
 @pytest.mark.parametrize("cold", [True, False])
@@ -141,3 +144,29 @@ def test_the_overhead_is_that_of_everything_but_kernels() -> None:
         assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "a kernel ran"
         program(*inputs)
         assert not all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "the cache is written"
+
+
+def test_a_growing_sequence_is_measured_segment_by_segment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    class StandIn:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+            asked.append((self.name, fields))
+            lengths = range(fields["start"], fields["stop"], fields["stride"])
+            tokens = [*fields["tokens"], *lengths] if fields["chooses"] else fields["tokens"]
+            answers = {str(n): n for n in lengths}
+            return {"seconds": {n: 0.5 for n in answers}, "chosen": answers, "tokens": tokens}
+
+    results = measure_growing({n: StandIn(n) for n in ("ours", "other")}, prompt=4, new=100, stride=10)  # type: ignore[misc]
+    assert [(name, f["start"], f["stop"], f["stride"]) for name, f in asked] == [
+        ("ours", 4, 68, 1), ("other", 4, 68, 10), ("ours", 68, 104, 1), ("other", 68, 104, 10),
+    ]  # fmt: skip
+    assert len(asked[3][1]["tokens"]) == 100  # type: ignore[arg-type]
+    assert results["ours"].total == 50.0 and results["other"].total == 10 * 0.5 * (7 + 4)
+    table = growing_table(results, 4, 100)
+    assert "| ours | 50.0 | 500.0 | 500.0 | 1.0 | 100/100 |" in table and "| other | 55.0 |" in table

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmcomp import headroom
+from llmcomp.errors import MemoryFullError
 from llmcomp.headroom import capacity, grow, room
 
 B, H, D = 2, 3, 4
@@ -43,6 +44,13 @@ def test_appending_moves_nothing(dtype: torch.dtype) -> None:
         expected, grown = torch.cat([expected, more], 2), appended(grown, more)
         assert torch.equal(grown, expected) and shares(grown, past) and grown.stride() == past.stride()
     assert torch.equal(past, expected[:, :, :5])
+
+
+def test_a_full_device_names_the_size_and_what_lowers_it() -> None:
+    with pytest.raises(
+        MemoryFullError, match=r"MiB on cpu for a KV cache of shape \(1, 1, 1099511627776, 4096\).*kv_cache"
+    ):
+        room([1, 1, 1 << 40, 1 << 12], 2, torch.float32, torch.device("cpu"))
 
 
 def test_a_tensor_of_other_origin_is_copied_once() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import llmcomp
 from llmcomp import reuse
+from llmcomp.errors import MemoryFullError
 from llmcomp.reuse import ReusingProgram
 from tests import sequence_models as sm
 
@@ -216,6 +217,18 @@ def test_a_bound_below_one_cache_says_so(fast: nn.Module, kinds: list[str], capl
     with bound(1):
         loop(fast)
     assert kept() == 0 and "kv_cache_bytes" in caplog.text
+
+
+def test_a_full_device_is_no_failure(
+    fast: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: object) -> None:
+        raise MemoryFullError("expected 1 MiB")
+
+    llmcomp.reset()
+    monkeypatch.setattr(ReusingProgram, "_run", full)
+    loop(fast)
+    assert kept() == 0 and "expected 1 MiB" in caplog.text
 
 
 @contextmanager
