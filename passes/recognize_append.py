@@ -41,6 +41,7 @@ class Growth:
 def _run(graph: Graph, report: Report) -> None:
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     seen: set[Node] = set()
+    writes = g.mutated(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default):
         for operand in _operands(node):
             if operand in seen:
@@ -49,7 +50,7 @@ def _run(graph: Graph, report: Report) -> None:
             growth = _appended(operand) or _begun(operand, node)
             if growth is None:
                 continue
-            if (reason := _obstacle(growth)) is not None:
+            if (reason := _obstacle(growth, writes)) is not None:
                 report.miss(operand, reason)
                 continue
             _rewrite(growth, first)
@@ -96,15 +97,15 @@ def _begun(operand: Node, attention: Node) -> Growth | None:
     return Growth(None, operand, 2, (operand, *copies))
 
 
-def _obstacle(growth: Growth) -> str | None:
+def _obstacle(growth: Growth, writes: frozenset[Node]) -> str | None:
     """Why this cache is not written in place, or None where it is."""
     if not all(writable(n) for n in val(growth.results[0]).shape):
         return f"its shape {tuple(val(growth.results[0]).shape)} depends on data"
-    if growth.past is not None and growth.past in g.mutated(growth.past.graph):
+    if growth.past is not None and growth.past in writes:
         return f"the past {growth.past.name} is written into"
     if growth.past is not None and val(growth.past).dtype != val(growth.new).dtype:
         return "the past has another dtype"
-    if any(n in g.mutated(n.graph) for n in growth.results):
+    if any(n in writes for n in growth.results):
         return "it is written into"
     return None
 
