@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import llmcomp
@@ -205,7 +206,12 @@ def test_seeds(compiled: PreTrainedModel) -> None:
     assert torch.equal(together[1:2], draw(ids, seed=[6]))
 
 
-LOOKUPS = {"": {}, "sample": {"repetition_penalty": 1.2, "do_sample": True}, "called": {"no_repeat_ngram_size": 3}}
+LOOKUPS = {
+    "": {},
+    "sample": {"do_sample": True, "temperature": 0.3},
+    "penalty": {"logits_processor": [RepetitionPenaltyLogitsProcessor(1.5, prompt_ignore_length=10)]},
+    "called": {"no_repeat_ngram_size": 3},
+}
 
 
 @pytest.mark.parametrize("settings", LOOKUPS.values(), ids=LOOKUPS)
@@ -392,7 +398,12 @@ def test_steps_are_checked_together_where_nobody_looks(
 ) -> None:
     """As on a device that works on its own: what was computed behind the end is cut off."""
     monkeypatch.setattr(decoding.Decoding, "_patience", lambda self: 8)
-    for settings in ({"eos_token_id": list(range(80))}, {"eos_token_id": 149}, {"return_dict_in_generate": True}):
+    some = list(range(80))
+    for settings in (
+        {"eos_token_id": 149},
+        {"eos_token_id": some},
+        {"eos_token_id": some, "return_dict_in_generate": True},
+    ):
         settings |= {"max_new_tokens": 19, "pad_token_id": 1}
         expected = eager.generate(**PADDED, **settings)
         ours = llmcomp.generate(compiled, **PADDED, **settings)

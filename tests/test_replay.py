@@ -102,6 +102,15 @@ def test_inputs_that_move_are_never_replayed() -> None:
     assert not made._trusted
 
 
+def test_two_programs_are_never_replayed() -> None:
+    total = torch.zeros(3)
+    count, double = compiled(lambda t, x: (t.add_(x).sum(),)), compiled(lambda x: (x * 2,))
+    made = Replay(lambda x: (count(total, x), double(x))[1])  # type: ignore[operator]
+    for _ in range(5):
+        (found,) = made(torch.ones(3))
+    assert found.tolist() == [2, 2, 2] and total.tolist() == [5, 5, 5] and not made._trusted
+
+
 def test_threads_do_not_hear_each_other() -> None:
     function = compiled(lambda x: (x + 1,))
     made = Replay(function)
