@@ -173,6 +173,13 @@ def _scatter(node: Node) -> tuple[Use, ...]:
     return tuple(Use(n, kept) for n in node.all_input_nodes if is_tensor(n))
 
 
+def _select_scatter(node: Node) -> tuple[Use, ...]:
+    """Axes other than the one along which something is placed, which the placed tensor does not have."""
+    (closed,) = dims(node, "dim")
+    kept = {d: d for d in range(val(node).dim()) if d != closed}
+    return Use(source(node), kept), Use(source(node, 1), {d - (d > closed): d for d in kept})
+
+
 def _pad(node: Node) -> tuple[Use, ...]:
     """Axes without padding."""
     amounts, rank = argument(node, "pad"), val(node).dim()
@@ -234,12 +241,13 @@ MAPS: Mapping[object, Uses] = {
         (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim,
          aten.any.dim, aten.all.dim, aten.any.dims, aten.all.dims, aten.argmax.default, aten.argmin.default,
          aten.prod.dim_int, aten.logsumexp.default, aten.linalg_vector_norm.default, aten.var_mean.correction,
-         aten.var.correction),
+         aten.var.correction, aten.std.correction),
         _reduced(),
     ),
     aten.embedding.default: _embedding,
     aten.gather.default: _gather,
-    **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter),
+    **dict.fromkeys((aten.scatter.src, aten.scatter.value, aten.slice_scatter.default), _scatter),
+    aten.select_scatter.default: _select_scatter,
     aten.constant_pad_nd.default: _pad,
     aten.mm.default: _product(0),
     aten.bmm.default: _product(1),

@@ -218,6 +218,8 @@ Special = Callable[[_Builder, Node, Version, tuple[Any, ...], dict[str, Any]], N
 
 def _created(b: _Builder, node: Node, version: Version, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
     """A constant of the shape of this version."""
+    if not b.relations[node].along:
+        return insert(b.graph, node.target, *args, **kwargs)  # type: ignore[arg-type]
     shape = [b.sizes.number(n) for n in b.shape(node, version)]
     before = args[:1] if node.target in CREATIONS_LIKE else ()
     return insert(b.graph, node.target, *before, shape, *args[len(before) + 1 :], **kwargs)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.graph import argument, is_tensor, source, val
 from llmcomp.passes.axis_maps import Use, axis_map
-from llmcomp.passes.relation_rules import RESHAPES, RUNNING, index_uses, indices, part_start
+from llmcomp.passes.relation_rules import CREATIONS_LIKE, RESHAPES, RUNNING, index_uses, indices, part_start
 from llmcomp.passes.relations import Kind, Mixing, Relation, expression
 
 aten, ops = torch.ops.aten, torch.ops.llmcomp
@@ -98,6 +98,8 @@ def operand_version(node: Node, operand: Node, version: Version, relations: dict
         return frozenset(theirs.axes) if theirs.computed and takes_last(node, relations) else WHOLE
     if sorts(node, relations):
         return frozenset(theirs.axes)  # rows of experts are wanted only of the new positions
+    if node.target in CREATIONS_LIKE:
+        return frozenset(theirs.axes) if theirs.computed else WHOLE  # read for its dtype alone
     if node.target in RESHAPES:
         pairs = zip(theirs.axes, relation.axes, strict=True)
         return frozenset(a for a, r in pairs if r in version)

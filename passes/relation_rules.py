@@ -341,7 +341,7 @@ CREATIONS = (
     aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.zeros.default,
     aten.ones.default, aten.scalar_tensor.default,
 )  # fmt: skip
-CREATIONS_LIKE = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default)
+CREATIONS_LIKE = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty.default)
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 RUNNING = (aten.cumsum.default, aten.cumprod.default)
 
