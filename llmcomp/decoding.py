@@ -129,7 +129,7 @@ class Decoding:
         self.state = State(
             step=torch.zeros(rows, dtype=torch.int64, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
-            seen=task.processing.seen(self.text.ids, self.vocabulary),
+            factor=task.processing.factor(self.text.ids, self.vocabulary),
         )
         keys = sampling.row_keys(rows, task.seed, device)
         numbers = task.processing.numbers(self.vocabulary, self.prompt, task.stopping.ending, task.pad, device)
@@ -180,7 +180,7 @@ class Decoding:
     def _take(self, chosen: Chosen, logits: Tensor) -> None:
         """Add the chosen tokens to the text, and see whether that was the end."""
         finished = self.state.finished if chosen.finished is None else chosen.finished
-        self.state = State(chosen.step, finished, self.state.seen if chosen.seen is None else chosen.seen)
+        self.state = State(chosen.step, finished, self.state.factor if chosen.factor is None else chosen.factor)
         self.token = chosen.token
         self.text.add(self.token)
         if chosen.scores is not None:
@@ -282,11 +282,11 @@ class LookupDecoding(Decoding):
         state, count = self.state, 1 + len(guess)
         if count == 1:
             return state
-        seen = state.seen.expand(count, -1).clone()
-        for i, token in enumerate(guess, 1) if seen.numel() else ():
-            seen[i:, token] = True
+        factor = state.factor.expand(count, -1).clone()
+        for i, token in enumerate(guess, 1) if factor.numel() else ():
+            factor[i:, token] = self.task.processing.penalty
         step = state.step + torch.arange(count, device=state.step.device)
-        return State(step, state.finished.repeat(count), seen)
+        return State(step, state.finished.repeat(count), factor)
 
 
 def _row(chosen: Chosen, i: int) -> Chosen:

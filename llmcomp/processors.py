@@ -75,7 +75,7 @@ class Processing:
         delays = self._delays()
         waiting = _ids(delays[0].eos_token_id) if delays else []
         return Numbers(
-            penalty=self._number(RepetitionPenaltyLogitsProcessor, "penalty", device),
+            penalty=torch.tensor(self.penalty, dtype=torch.float32, device=device),
             temperature=self._number(TemperatureLogitsWarper, "temperature", device),
             top_p=self._number(TopPLogitsWarper, "top_p", device),
             min_p=self._number(MinPLogitsWarper, "min_p", device),
@@ -85,18 +85,24 @@ class Processing:
             pad=torch.tensor(pad, device=device),
         )
 
-    def seen(self, ids: Tensor, vocabulary: int) -> Tensor:
-        """Which tokens (rows, vocabulary) of `ids` (rows, length) count as repeated."""
+    @property
+    def penalty(self) -> float:
+        """What tokens that come again are penalized by; 1 where they are not."""
+        processor = self.by_type.get(RepetitionPenaltyLogitsProcessor)
+        return 1.0 if processor is None else float(processor.penalty)
+
+    def factor(self, ids: Tensor, vocabulary: int) -> Tensor:
+        """float32 (rows, vocabulary): the penalty for tokens of `ids` (rows, length) that count, else 1."""
         penalty = self.by_type.get(RepetitionPenaltyLogitsProcessor)
         if penalty is None:
-            return torch.zeros(len(ids), 0, dtype=torch.bool, device=ids.device)
+            return torch.ones(len(ids), 0, device=ids.device)
         start = penalty.prompt_ignore_length
         start = torch.as_tensor(0 if start is None else start, device=ids.device).view(-1, 1)
         counts = torch.arange(ids.shape[1], device=ids.device) >= start
         # Tokens that do not count, and those that the head has no logit for, go to a column that is cut off.
         columns = torch.where(counts, ids, vocabulary).clamp(max=vocabulary)
-        seen = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool, device=ids.device)
-        return seen.scatter_(1, columns, True)[:, :-1].contiguous()
+        factor = torch.ones(len(ids), vocabulary + 1, device=ids.device)
+        return factor.scatter_(1, columns, self.penalty)[:, :-1].contiguous()
 
     def _delays(self) -> list[Any]:
         return [

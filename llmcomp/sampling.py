@@ -55,7 +55,7 @@ class State(NamedTuple):
 
     step: Tensor  # int64 (rows), how many tokens were generated before
     finished: Tensor  # bool (rows)
-    seen: Tensor  # bool (rows, vocabulary), tokens of the row; (rows, 0) where nothing is penalized
+    factor: Tensor  # float32 (rows, vocabulary), the penalty of tokens that were seen, else 1; (rows, 0) without one
 
 
 class Chosen(NamedTuple):
@@ -65,7 +65,7 @@ class Chosen(NamedTuple):
     step: Tensor
     finished: Tensor | None
     ended: Tensor | None  # bool (), whether every row has finished
-    seen: Tensor | None
+    factor: Tensor | None
     scores: Tensor | None  # float32 (rows, vocabulary), the processed logits
 
 
@@ -79,15 +79,15 @@ def choose(rule: Rule, numbers: Numbers, keys: Tensor, logits: Tensor, *state: T
     if rule.sample:
         scores = _filtered(rule, scores / numbers.temperature, numbers)
     token = (scores + _noise(scores, before.step, keys) if rule.sample else scores).argmax(-1)
-    finished = ended = seen = None
+    finished = ended = factor = None
     if rule.ends:
         token = torch.where(before.finished, numbers.pad, token)
         finished = before.finished | numbers.ending[token]
         ended = finished.all()
     if rule.repetition:
-        seen = before.seen | (_vocabulary(scores) == token[:, None])
+        factor = torch.where(_vocabulary(scores) == token[:, None], numbers.penalty, before.factor)
     # A copy, for they may be the logits themselves.
-    return Chosen(token, before.step + 1, finished, ended, seen, scores.clone() if rule.scores else None)
+    return Chosen(token, before.step + 1, finished, ended, factor, scores.clone() if rule.scores else None)
 
 
 def _vocabulary(scores: Tensor) -> Tensor:
@@ -96,8 +96,10 @@ def _vocabulary(scores: Tensor) -> Tensor:
 
 def _penalized(rule: Rule, scores: Tensor, state: State, numbers: Numbers) -> Tensor:
     if rule.repetition:
-        less = torch.where(scores < 0, scores * numbers.penalty, scores / numbers.penalty)
-        scores = torch.where(state.seen, less, scores)
+        # Multiplied below 0 and divided above: the smaller of the two for penalties above 1, else the larger one.
+        multiplied, divided = scores * state.factor, scores / state.factor
+        less, more = torch.minimum(multiplied, divided), torch.maximum(multiplied, divided)
+        scores = torch.where(numbers.penalty >= 1, less, more)
     if rule.delayed:
         early = (state.step < numbers.until)[:, None]
         scores = torch.where(numbers.delayed & early, -torch.inf, scores)

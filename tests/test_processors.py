@@ -87,8 +87,8 @@ def test_rule_and_numbers() -> None:
 
 def test_tokens_that_the_head_does_not_have_are_not_seen() -> None:
     found = read_processors(LogitsProcessorList([PENALTY]), False)
-    assert found.seen(torch.tensor([[0, 7, 2], [1, 1, 3]]), 4).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
-    assert read_processors(LogitsProcessorList(), False).seen(torch.tensor([[0]]), 4).shape == (1, 0)
+    assert (found.factor(torch.tensor([[0, 7, 2], [1, 1, 3]]), 4) > 1).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    assert read_processors(LogitsProcessorList(), False).factor(torch.tensor([[0]]), 4).shape == (1, 0)
 
 
 def test_stopping_criteria() -> None:

@@ -30,9 +30,9 @@ def logits(rows: int, seed: int = 0, size: int = VOCABULARY) -> Tensor:
     return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
 
 
-def state(rows: int, step: int = 0, seen: Tensor | None = None) -> State:
-    seen = torch.zeros(rows, 0, dtype=torch.bool) if seen is None else seen
-    return State(torch.full((rows,), step), torch.zeros(rows, dtype=torch.bool), seen)
+def state(rows: int, step: int = 0, factor: Tensor | None = None) -> State:
+    factor = torch.ones(rows, 0) if factor is None else factor
+    return State(torch.full((rows,), step), torch.zeros(rows, dtype=torch.bool), factor)
 
 
 def settings(*processors: object, sample: bool = True, ending: tuple[int, ...] = ()) -> tuple[Rule, Numbers]:
@@ -71,20 +71,21 @@ def test_top_p_behind_a_top_k_that_ends_among_equals() -> None:
     torch.testing.assert_close(choose(rule, numbers, row_keys(1, 0, CPU), x, *state(1)).scores, expected)
 
 
+@pytest.mark.parametrize("value", [1.3, 0.6])
 @pytest.mark.parametrize("start", [None, 2, torch.tensor([0, 2])])
-def test_repeated_tokens_are_penalized_as_in_transformers(start: int | Tensor | None) -> None:
+def test_repeated_tokens_are_penalized_as_in_transformers(start: int | Tensor | None, value: float) -> None:
     try:
-        penalty = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=start)
+        penalty = RepetitionPenaltyLogitsProcessor(value, prompt_ignore_length=start)
     except ValueError:
         pytest.skip("this transformers knows only one length for all rows")
     x = logits(2)
     processing = read_processors(LogitsProcessorList([penalty]), False)
     rule, numbers = settings(penalty, sample=False)
-    before = state(2, seen=processing.seen(PROMPT, VOCABULARY))
+    before = state(2, factor=processing.factor(PROMPT, VOCABULARY))
     chosen = choose(rule, numbers, row_keys(2, 0, CPU), x, *before)
     assert torch.equal(chosen.scores, penalty(PROMPT, x.clone()))
     longer = torch.cat([PROMPT, chosen.token[:, None]], 1)
-    again = choose(rule, numbers, row_keys(2, 0, CPU), x, *before._replace(seen=chosen.seen))
+    again = choose(rule, numbers, row_keys(2, 0, CPU), x, *before._replace(factor=chosen.factor))
     assert torch.equal(again.scores, penalty(longer, x.clone()))
 
 
@@ -162,7 +163,7 @@ def test_compiled_is_eager(rule: Rule) -> None:
     half, many = torch.tensor(0.9), torch.tensor(1.2)
     numbers = Numbers(many, half, half, torch.tensor(0.01), waiting, torch.tensor(3), waiting, torch.tensor(1))
     keys, program = row_keys(4, 3, CPU), compiled_choice(rule, read_options())
-    before = State(torch.arange(4), torch.arange(4) == 2, logits(4, seed=1) > 2)
+    before = State(torch.arange(4), torch.arange(4) == 2, torch.where(logits(4, seed=1) > 2, many, 1.0))
     for step in range(3):
         x = logits(4, seed=step).bfloat16()
         ours, expected = (Chosen(*f(numbers, keys, x, *before)) for f in (program, lambda *a: choose(rule, *a)))
@@ -170,7 +171,7 @@ def test_compiled_is_eager(rule: Rule) -> None:
             found = getattr(ours, name)
             assert (found is None) == (value is None), name
             assert value is None or torch.allclose(found, value), name
-        finished, seen = (
-            a if b is None else b for a, b in zip(before[1:], (expected.finished, expected.seen), strict=True)
+        finished, factor = (
+            a if b is None else b for a, b in zip(before[1:], (expected.finished, expected.factor), strict=True)
         )
-        before = State(expected.step, finished, seen)
+        before = State(expected.step, finished, factor)
