@@ -120,6 +120,13 @@ def _clamped(node: Node, dim: int, start: sympy.Expr, extent: sympy.Expr) -> sym
     return sympy.Max(ZERO, start)
 
 
+def unfold(p: Puller, node: Node, index: Index) -> Argument:
+    """Windows along a dimension; the position within one is the last dimension."""
+    dim, step = int(node.args[1]) % fake(_source(node)).dim(), int(node.args[3])  # type: ignore[arg-type]
+    *at, within = index
+    return p.at(_source(node), (*at[:dim], step * at[dim] + within, *at[dim + 1 :]))
+
+
 def split_item(p: Puller, node: Node, index: Index) -> Argument:
     """getitem of split, chunk and unbind."""
     producer, which = _source(node), int(node.args[1])  # type: ignore[arg-type]
@@ -411,6 +418,7 @@ def view_rules() -> Mapping[object, Rule]:
         aten.expand.default: expand,
         aten.select.int: select,
         aten.slice.Tensor: slice_,
+        aten.unfold.default: unfold,
         aten.cat.default: cat,
         aten.constant_pad_nd.default: pad,
         aten._to_copy.default: to_dtype,

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import SymInt, Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -154,7 +155,8 @@ def fake_result(node: Node) -> object:
     key = (node.target, _description(args), _description(kwargs))
     if key in known:
         return known[key]
-    with torch.no_grad(), mode:
+    # Padding keeps symbolic sizes in its Python form alone.
+    with torch.no_grad(), mode, enable_python_dispatcher():
         value: object = node.target(*args, **kwargs)
     if isinstance(node.target, OpOverload) and node.target.namespace == "llmcomp":
         known[key] = value

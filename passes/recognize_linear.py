@@ -4,8 +4,9 @@
     mm(x, t(w))              ->  llmcomp.linear(x, w, None, kn=False)
     addmm(b, x, w)           ->  llmcomp.linear(x, w, b, kn=True)
     linear(view(x, [-1, K])) ->  view(linear(x))
+    convolution(x, w, b)     ->  linear(windows of x, w, b), or a sum where each channel has its own filter
 
-The last so that the views around a flattened product meet, and canonicalize drops them.
+The fourth so that the views around a flattened product meet, and canonicalize drops them.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import Graph, Node
 from llmcomp.graph import argument, insert, same_size, source, val
 from llmcomp.ops import OPS
 from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.convolutions import rewrite_convolution
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.layout import adopt
 from llmcomp.passes.match import is_vector
@@ -24,6 +26,11 @@ Parts = tuple[Node, Node, Node | None, bool]
 
 
 def _run(graph: Graph, report: Report) -> None:
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        if (reason := rewrite_convolution(node)) is not None:
+            report.miss(node, reason)
+        else:
+            report.rewrites += 1
     for node in list(graph.nodes):
         parts = _parts(node)
         if parts is None:

@@ -108,7 +108,7 @@ NEGATIVE: dict[str, tuple[sm.Design, str]] = {
     "a look ahead": (sm.Design(before=lambda x: F.pad(x, (0, 0, 0, 1))[:, 1:]), "it mixes the positions of"),
     "a convolution that looks ahead": (
         sm.Design(before=lambda x: F.conv1d(x.mT, torch.ones(sm.WIDTH, 1, 3), padding=1, groups=sm.WIDTH).mT),
-        "no rule says how aten.convolution.default treats positions",
+        "it mixes the positions of",
     ),
     "the last token everywhere": (sm.Design(before=lambda x: x + x[:, -1:]), "it brings the end of the sequence"),
     "the length": (sm.Design(before=lambda x: x * x.shape[1]), "it computes with the length"),
