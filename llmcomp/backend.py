@@ -94,7 +94,9 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     if kept is not None:
         program = verify.VerifiedProgram(program, kept.stages)
     if (plan := gm.meta.get(PLAN)) is not None:
-        program = ReusingProgram(program, plan, lambda cached: compile_cached(cached, options), options.kv_cache_bytes)
+        program = ReusingProgram(
+            program, plan, lambda cached: compile_cached(cached, options), options.kv_cache_bytes, options.verify
+        )
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
 

@@ -32,6 +32,7 @@ from llmcomp.passes.cached_graph import insert_cache
 from llmcomp.passes.insert_kv_cache import Plan, lent, results
 from llmcomp.prefix import common_prefix
 from llmcomp.report import Program
+from llmcomp.verify import verify_results
 
 log = logging.getLogger("llmcomp")
 
@@ -87,15 +88,24 @@ class ReusingProgram:
     """A compiled graph that keeps caches between calls. Safe to call from several threads."""
 
     def __init__(
-        self, full: Program, plan: Plan, compile_cached: Callable[[GraphModule], Program], most_bytes: int
+        self,
+        full: Program,
+        plan: Plan,
+        compile_cached: Callable[[GraphModule], Program],
+        most_bytes: int,
+        verifies: bool = False,
     ) -> None:
-        """`full` computes the graph of `plan` in full; `compile_cached` compiles the cached graphs made of it."""
+        """`full` computes the graph of `plan` in full; `compile_cached` compiles the cached graphs made of it.
+
+        With `verifies`, the first call of each of them is checked against the whole graph.
+        """
         self.report, self.source = full.report, full.source
         self._full, self._plan, self._compile, self._most = full, plan, compile_cached, most_bytes
         self._lock, self._building = threading.RLock(), threading.RLock()
         self._entries: list[Entry] = []  # the most recently used last
         self._programs: dict[str, Program] = {}
         self._wanted: Counter[str] = Counter()
+        self._unverified = set(SHAPES) if verifies else set()
         self._copies = False  # whether results are copies, since callers write into them
         self._results = [lent(plan, node) for node in results(plan.gm.graph)]
         self._layout = _Layout(plan)
@@ -198,6 +208,9 @@ class ReusingProgram:
             outputs = self._programs[kind](*inputs, *extra)
             count = len(self._plan.slots)
             returned, slots = outputs[: len(outputs) - count], outputs[len(outputs) - count :]
+            if kind in self._unverified:
+                verify_results(self._plan.gm, inputs, returned, f"the {kind} program of insert_kv_cache")
+                self._unverified.remove(kind)
             if self._copies:
                 returned = tuple(
                     t.clone() if slot is not None else t for t, slot in zip(returned, self._results, strict=True)

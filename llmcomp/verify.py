@@ -6,7 +6,8 @@ graph in eager ATen is the measure of the others, and its run in float64 is the 
 
     rms(stage - float64)  <=  1.5 * rms(eager - float64)  +  one rounding of the dtype
 
-The kernels are the last stage. The work of one call is done once per stage: slow, and meant to be.
+The kernels are the last stage. Programs that reuse what earlier calls computed (llmcomp/reuse.py) are checked
+when each first runs. The work of one call is done once per stage: slow, and meant to be.
 """
 
 import copy
@@ -84,6 +85,17 @@ def verify(stages: Sequence[Stage], program: Callable[..., tuple[Any, ...]], inp
             raise VerifyError(f"pass {after.name} changed the result at {where}")
     if wrong := _first_wrong(names, _run(program, inputs), eager, exact):
         raise VerifyError(f"the generated kernels changed the result at {wrong}")
+
+
+def verify_results(gm: GraphModule, inputs: Sequence[Any], results: Sequence[Any], maker: str) -> None:
+    """Check `results`, which `maker` computed from parts, against the whole graph `gm` in eager ATen.
+
+    Raises:
+        VerifyError: the first result that differs.
+    """
+    eager, exact = _run(gm, inputs), _run_exactly(gm, inputs)
+    if wrong := _first_wrong(_result_names(gm), [*results, *inputs], eager, exact):
+        raise VerifyError(f"{maker} changed the result at {wrong}")
 
 
 # ---- running

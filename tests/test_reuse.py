@@ -271,6 +271,27 @@ def test_nothing_piles_up(fast: nn.Module, kinds: list[str]) -> None:
     assert sum(bool(e.slots) for p in reuse._reusing for e in p._entries) == 1
 
 
+def test_verify_names_the_program_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sm.Decoder(sm.Design()).requires_grad_(False)
+    call = torch.compile(model, backend="llmcomp", dynamic=True, options={"verify": True})
+    for length in range(4, 7):
+        check(call, ids(length))
+    run = ReusingProgram._outputs
+
+    def wrong(self: ReusingProgram, kind: str | None, *args: Any) -> object:
+        step = self._programs.get("step")
+        if step is not None:
+            self._programs["step"] = lambda *inputs: tuple(t + 1 for t in step(*inputs))  # type: ignore[assignment]
+        return run(self, kind, *args)
+
+    program = next(p for p in reuse._reusing if p._unverified == {"step", "chunk"})
+    check(call, ids(7))  # compiles the step, and checks it
+    program._unverified.add("step")
+    monkeypatch.setattr(ReusingProgram, "_outputs", wrong)
+    with pytest.raises(llmcomp.VerifyError, match="the step program of insert_kv_cache changed the result at output 0"):
+        call(ids(8))
+
+
 def test_switched_off() -> None:
     model = sm.Decoder(sm.Design()).requires_grad_(False)
     before = len(reuse._reusing)
