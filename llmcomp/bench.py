@@ -55,6 +55,7 @@ class Measured:
     base: float = 0.0
     rates: dict[str, list[float]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
+    compiling: dict[str, float] = field(default_factory=dict)  # seconds of the parts of a warm start
     died: str = ""  # how, if its process did not live to the end
 
 
@@ -100,6 +101,7 @@ def measure(
                 processes[name] = stack.enter_context(running(name, setup, caches))
                 found.weights, found.warm = processes[name].weights, first_call(processes[name])
                 say(f"{name}: first call {found.warm:.1f} s with warm caches; {free_memory()}")
+                found.compiling = processes[name].ask("compiling")
                 for load in work:
                     run_load(processes[name], load)
         bandwidth = Bandwidth(setup.device, setup.threads)
@@ -182,6 +184,15 @@ def table(results: Mapping[str, Measured], work: Sequence[Load], bandwidth: floa
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def split(found: Measured) -> str:
+    """What a warm start spends on compiling, by part."""
+    parts = found.compiling
+    text = f"{parts['dynamo']:.1f} s in Dynamo, {parts['backend']:.1f} s in the backend"
+    if not parts["llmcomp"]:
+        return text
+    return f"{text} (AOTAutograd {parts['backend'] - parts['llmcomp']:.1f} s, llmcomp {parts['llmcomp']:.1f} s)"
+
+
 NOTES = """\
 cold, warm: seconds of the first generation (64 tokens in, 4 out) with empty and with filled caches.
 peak GB: the most memory of the process beyond what it had before the model was made.
@@ -260,7 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{machine}\n{setup.config} {setup.settings} {setup.dtype}")
     lowest, highest = min(speeds) / 1e9, max(speeds) / 1e9
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s (rounds: {lowest:.1f} to {highest:.1f})")
-    print(f"\n{table(results, work, bandwidth)}\n\n{NOTES}")
+    print(f"\n{table(results, work, bandwidth)}\n")
+    for name, found in living(results):
+        if found.compiling["backend"]:
+            print(f"{name}, compiling with warm caches: {split(found)}")
+    print(f"\n{NOTES}")
     if args.json:
         record = {"machine": machine, "setup": asdict(setup), "loads": [asdict(w) for w in work]}
         peers = {name: asdict(found) for name, found in results.items()}

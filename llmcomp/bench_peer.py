@@ -3,6 +3,7 @@
     {"do": "generate", "batch": 1, "prompt": 64, "new": 64}  ->  {"first": 0.1, "rest": 2.5, "tokens": [...]}
     {"do": "grow", "start": 64, "stop": 128, ...}            ->  {"seconds": {...}, "chosen": {...}, "tokens": [...]}
     {"do": "memory"}                                         ->  {"peak": 2.5e9, "base": 0.4e9}
+    {"do": "compiling"}                                      ->  {"dynamo": 5.1, "backend": 4.2, "llmcomp": 1.2}
 
 Answers are lines that begin with MARK; anything else on stdout is chatter of the libraries.
 """
@@ -22,7 +23,7 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from llmcomp import generation
+from llmcomp import compat, generation
 from llmcomp.bench_model import Setup, bytes_per_token
 
 MARK = "bench:"
@@ -146,6 +147,8 @@ def main() -> None:
                 answer(generate(run, setup, **command))
             case "grow":
                 answer(grow(model, setup, **command))
+            case "compiling":
+                answer(compat.compile_seconds())
             case _:
                 answer(memory(setup.device, base))
 

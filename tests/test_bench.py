@@ -1,6 +1,7 @@
 """The benchmark measures what it says: rates, interleaving, memory, tables."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import llmcomp.bench_process
-from llmcomp.bench import Load, Measured, loads, main, measure, parse, rate, setting, setup_of, table
+from llmcomp.bench import Load, Measured, loads, main, measure, parse, rate, setting, setup_of, split, table
 from llmcomp.bench_growing import growing_table, measure_growing
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
@@ -51,7 +52,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, does: Mapping[str, str]) -> None:
         "import json, os, sys\n"
         "say = lambda **fields: print('bench:' + json.dumps(fields), flush=True)\n"
         "say(weights=8)\n"
-        "for line in sys.stdin: {}; say(first=0.5, rest=0.5, tokens=[1, 2], peak=2e9, base=1e9)"
+        "answers = dict(first=0.5, rest=0.5, tokens=[1, 2], peak=2e9, base=1e9, dynamo=3, backend=2, llmcomp=0.5)\n"
+        "for line in sys.stdin: {}; say(**answers)"
     )
     command = lambda peer, setup: [sys.executable, "-c", program.format(does[peer])]  # noqa: E731
     monkeypatch.setattr(llmcomp.bench_process, "peer_command", command)
@@ -63,10 +65,16 @@ def test_a_peer_that_dies_has_a_row_and_the_others_go_on(monkeypatch: pytest.Mon
     stand_ins(monkeypatch, does)
     work = (Load("decode b1", 1, 8, 2),)
     results, _ = measure(list(does), setup_of(parse(["--model", "tiny"])), work, 2, cold)
+    assert split(results["llmcomp"]) == "3.0 s in Dynamo, 2.0 s in the backend (AOTAutograd 1.5 s, llmcomp 0.5 s)"
     lines = table(results, work, 16.0).splitlines()
     assert lines[2] == "| eager | died: exit status 3 | - | - | - | - | - |"
     assert lines[3] == "| dynamo | died: killed by signal 9, probably out of memory | - | - | - | - | - |"
     assert lines[4] == f"| llmcomp | 2.0 | {'1.0' if cold else '-'} | 1.0 | 1.00 | 100% | 2/2 |"
+
+
+def test_other_backends_are_not_split() -> None:
+    found = Measured(compiling={"dynamo": 5.0, "backend": 4.25, "llmcomp": 0.0})
+    assert split(found) == "5.0 s in Dynamo, 4.2 s in the backend"
 
 
 def test_a_peer_that_died_before_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,7 +125,9 @@ def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = json.loads(path.read_text())
     assert len(found["bandwidth"]) == 2 and len(found["peers"]["llmcomp"]["rates"]["decode b1"]) == 2
     assert found["peers"]["llmcomp"]["tokens"] == found["peers"]["eager"]["tokens"]
-    assert "| llmcomp |" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "| llmcomp |" in out and "eager, compiling" not in out
+    assert re.search(r"llmcomp, compiling with warm caches: .* \(AOTAutograd \d+\.\d s, llmcomp \d", out)
 
 
 def test_overhead() -> None:
