@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from llmcomp.errors import LlmcompError, MemoryFullError
 from llmcomp.headroom import reserved
 from llmcomp.passes.cached_graph import insert_cache
-from llmcomp.passes.insert_kv_cache import Plan, lent, results
+from llmcomp.passes.insert_kv_cache import Plan, lent, returned
 from llmcomp.prefix import common_prefix
 from llmcomp.report import Program
 from llmcomp.verify import verify_results
@@ -107,25 +107,27 @@ class ReusingProgram:
         self._wanted: Counter[str] = Counter()
         self._unverified = set(SHAPES) if verifies else set()
         self._copies = False  # whether results are copies, since callers write into them
-        self._results = [lent(plan, node) for node in results(plan.gm.graph)]
+        self._results = [isinstance(n, Node) and lent(plan, n) is not None for n in returned(plan.gm.graph)]
         self._layout = _Layout(plan)
         _reusing.add(self)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         call = self._layout.read(inputs)
-        if call is None or torch.compiler.is_compiling():
+        if call is None:
             return self._full(*inputs)
         entry, prefix = self._longest(call)
         if entry is not None and entry.versions != _versions(entry.slots):
             self._forget(entry)
             self._copies = True
-            entry, prefix = Entry(entry.owner, entry.sequences, entry.length, TURNS), prefix
+            entry = Entry(entry.owner, entry.sequences, entry.length, TURNS)
         past = min(prefix, call.length - 1)
         extends = entry is not None and prefix == entry.length and call.length > prefix
         turns = entry.turns + 1 if entry is not None and extends and call.length - past <= FEW else 0
         kind = self._kind(entry, past, call.length - past, turns)
         outputs, slots = self._outputs(kind, inputs, entry, past, call.length - past)
-        self._remember(call, entry if extends or past == call.length - 1 else None, turns, slots)
+        # An entry of which all but the last position lives on in the new one is not kept beside it.
+        outlived = entry is not None and entry.length - 1 <= past and entry.length <= call.length
+        self._remember(call, entry if outlived else None, turns, slots)
         return outputs
 
     def reset(self, owners: frozenset[int] | None = None) -> None:
@@ -207,15 +209,13 @@ class ReusingProgram:
         with torch.inference_mode(False), torch.no_grad():
             outputs = self._programs[kind](*inputs, *extra)
             count = len(self._plan.slots)
-            returned, slots = outputs[: len(outputs) - count], outputs[len(outputs) - count :]
+            found, slots = outputs[: len(outputs) - count], outputs[len(outputs) - count :]
             if kind in self._unverified:
-                verify_results(self._plan.gm, inputs, returned, f"the {kind} program of insert_kv_cache")
+                verify_results(self._plan.gm, inputs, found, f"the {kind} program of insert_kv_cache")
                 self._unverified.remove(kind)
             if self._copies:
-                returned = tuple(
-                    t.clone() if slot is not None else t for t, slot in zip(returned, self._results, strict=True)
-                )
-        return returned, slots
+                found = tuple(t.clone() if shows else t for t, shows in zip(found, self._results, strict=True))
+        return found, slots
 
     # ---- what is kept
 

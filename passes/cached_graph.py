@@ -5,7 +5,7 @@ cut to the new positions, or whole. The result has sizes of its own: `past` posi
 compute; the length s of the sequence is their sum everywhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from llmcomp.graph import argument, insert, is_tensor, source, val
 from llmcomp.ops import outermost
 from llmcomp.passes.cached_sizes import NEW, PAST, CachedSizes
 from llmcomp.passes.demand import WHOLE, Version, attention_version, content, cuts_after, from_end, operand_version
-from llmcomp.passes.insert_kv_cache import Plan, Slot, is_copied
+from llmcomp.passes.insert_kv_cache import Plan, Slot, is_copied, returned
 from llmcomp.passes.relation_rules import CREATIONS, CREATIONS_LIKE, RESHAPES
 from llmcomp.passes.relations import Kind, expression
 
@@ -84,8 +84,8 @@ class _Builder:
                 self._make(node, WHOLE if self.begins else version)
             if node in grown:
                 self._write(node, grown[node])
-        returned = [self._result(n, grown) for n in self._returned()]
-        self.graph.output(tuple(returned) + tuple(grown.values()))
+        outputs = [self._result(n, grown) for n in returned(self.plan.gm.graph)]
+        self.graph.output(tuple(outputs) + tuple(grown.values()))
         gm = GraphModule(self.plan.gm, self.graph)
         gm.meta["kind"] = CACHED
         return gm
@@ -135,12 +135,6 @@ class _Builder:
         position = insert(self.graph, aten.arange.start, *bounds, device=val(node).device)
         insert(self.graph, ops.cache_write_.default, cache, new, position, slot.axis)
         self.made[node, WHOLE] = cache
-
-    def _returned(self) -> Sequence[Argument]:
-        (output,) = self.plan.gm.graph.find_nodes(op="output")
-        given = output.args[0]
-        assert isinstance(given, list | tuple)
-        return given
 
     def _result(self, result: Argument, grown: dict[Node, Node]) -> Argument:
         if not isinstance(result, Node):

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from llmcomp.graph import insert, is_contiguous, is_tensor, replace, val
 from llmcomp.passes.base import Pass, Report
@@ -152,12 +153,17 @@ def _slot(node: Node, relation: Relation, graph: Graph) -> Slot:
     return Slot(node, along.axis, along.extra, attended)
 
 
-def results(graph: Graph) -> list[Node]:
-    """The nodes that a graph returns."""
+def returned(graph: Graph) -> list[Argument] | tuple[Argument, ...]:
+    """What a graph returns: nodes, numbers, None."""
     (output,) = graph.find_nodes(op="output")
     given = output.args[0]
     assert isinstance(given, list | tuple)
-    return [n for n in given if isinstance(n, Node)]
+    return given
+
+
+def results(graph: Graph) -> list[Node]:
+    """The nodes that a graph returns."""
+    return [n for n in returned(graph) if isinstance(n, Node)]
 
 
 def lent(plan: Plan, result: Node) -> Slot | None:
