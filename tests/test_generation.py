@@ -42,8 +42,7 @@ def built(model_type: str) -> PreTrainedModel:
 
 def llama() -> PreTrainedModel:
     """The same with one layer: most of the time here is Dynamo's."""
-    settings = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    case = Case("llama", "LlamaForCausalLM", "llama", Kind.CAUSAL, lambda: settings)
+    case = Case("llama", "LlamaForCausalLM", "llama", Kind.CAUSAL, lambda: {"num_hidden_layers": 1})
     model = case.build()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
