@@ -106,20 +106,29 @@ class Decoding:
     def tokens(self) -> Iterator[Tensor]:
         """The generated tokens (rows) of every position, each as soon as it is known."""
         given = self.prompt
-        while not self.done:
-            with torch.no_grad():
-                self.advance()
-            for position in range(given, self.text.length):
-                yield self.text.ids[:, position].clone()
-            given = self.text.length
+        try:
+            while not self.done:
+                with torch.no_grad():
+                    self.advance()
+                for position in range(given, self.text.length):
+                    yield self.text.ids[:, position].clone()
+                given = self.text.length
+        finally:
+            self._give_back()
 
     def finish(self) -> Tensor:
         """Run to the end; the tokens (rows, length) with those of the prompt."""
-        while not self.done:
-            self.advance()
-        if self.task.keeps_cache and isinstance(self.forward, FixedForward):
-            self.forward.back()
+        try:
+            while not self.done:
+                self.advance()
+        finally:
+            self._give_back()
         return self.text.ids.clone()
+
+    def _give_back(self) -> None:
+        """Bring a cache that somebody keeps up to date."""
+        if self.task.keeps_cache and isinstance(self.forward, FixedForward):
+            self.forward = self.forward.back()
 
     def _begin(self) -> Tensor:
         """The logits behind the prompt; everything for what follows."""
@@ -135,15 +144,14 @@ class Decoding:
         numbers = task.processing.numbers(self.vocabulary, self.prompt, task.stopping.ending, task.pad, device)
         rule = task.processing.rule(task.stopping.pads, task.scores)
         self.program = Replay(compiled_choice(rule, self.engine.options), numbers, keys)
-        if self._replays():
-            model, options, more = self.engine.model, self.engine.options, task.stopping.length - self.prompt
-            assert model is not None
+        model, more = self.engine.model, task.stopping.length - self.prompt
+        if model is not None and more > 1 and self._replays(model):
+            options = self.engine.options
             self.forward = FixedForward(self.begun, model, options, more, task.keeps_cache)
         return logits
 
-    def _replays(self) -> bool:
+    def _replays(self, model: torch.nn.Module) -> bool:
         """Whether steps may be replayed: all of their inputs are tensors that do not move, and they are one graph."""
-        model = self.engine.model
         # Transformers' word for models that compute the same with a cache of fixed size.
         compiles = getattr(model, "_can_compile_fullgraph", False)
         return bool(compiles) and self.begun.known and can_fix(self.begun.cache)

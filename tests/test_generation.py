@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -167,6 +168,16 @@ def test_a_conversation_goes_on_with_its_cache(eager: PreTrainedModel, compiled:
         results.append(run(longer, max_new_tokens=4, past_key_values=cache))
         assert cache.get_seq_length() == 9 + 4 + 3 + 3
     assert torch.equal(*results)
+
+
+def test_a_stream_that_is_left_gives_the_cache_back(compiled: PreTrainedModel) -> None:
+    cache = DynamicCache(config=compiled.config)
+    tokens = llmcomp.stream(compiled, token_ids(1, 9, 0), max_new_tokens=20, past_key_values=cache)
+    text = torch.cat([token_ids(1, 9, 0), *(next(tokens)[:, None] for _ in range(4))], 1)
+    tokens.close()  # type: ignore[attr-defined]
+    assert cache.get_seq_length() == 9 + 3
+    again = llmcomp.generate(compiled, text, max_new_tokens=4, past_key_values=cache)
+    assert torch.equal(again, llmcomp.generate(compiled, text[:, :9], max_new_tokens=8))
 
 
 def test_more_tokens_than_there_was_room_for(
@@ -352,6 +363,19 @@ def test_a_model_that_is_not_compiled_is_left_as_it_is(graphs: list[GraphReport]
     assert torch.equal(llmcomp.generate(model, **PADDED, max_new_tokens=300)[:, :15], expected)
     assert torch.equal(llmcomp.generate(torch.compile(model, backend="llmcomp"), **PADDED, **options), expected)
     assert len(graphs) == 3
+
+
+@pytest.mark.sweep
+def test_a_model_compiled_by_another_backend_keeps_it(graphs: list[GraphReport]) -> None:
+    model, calls = llama(), []
+    expected = model.generate(**PADDED, max_new_tokens=6)
+
+    def other(gm: GraphModule, inputs: object) -> Callable[..., object]:
+        return lambda *args: calls.append(1) or gm(*args)
+
+    model.compile(backend=other)
+    assert torch.equal(llmcomp.generate(model, **PADDED, max_new_tokens=6), expected)
+    assert len(calls) == 6 and len(graphs) == 1, "the choice of a token is ours"
 
 
 class Odd(nn.Module):
