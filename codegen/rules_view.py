@@ -122,6 +122,8 @@ def _clamped(node: Node, dim: int, start: sympy.Expr, extent: sympy.Expr) -> sym
 
 def unfold(p: Puller, node: Node, index: Index) -> Argument:
     """Windows along a dimension; the position within one is the last dimension."""
+    if not fake(_source(node)).dim():
+        return p.at(_source(node), ())
     dim, step = int(node.args[1]) % fake(_source(node)).dim(), int(node.args[3])  # type: ignore[arg-type]
     *at, within = index
     return p.at(_source(node), (*at[:dim], step * at[dim] + within, *at[dim + 1 :]))

@@ -21,7 +21,7 @@ OPERATORS = """
     mm bmm matmul addmm baddbmm einsum nn.functional.linear nn.functional.embedding
     nn.functional.layer_norm nn.functional.rms_norm nn.functional.scaled_dot_product_attention
     cat stack split chunk expand repeat_interleave transpose permute view reshape unsqueeze
-    index_select gather index_put index_copy scatter_add topk sort tril triu arange
+    index_select gather index_put index_copy scatter_add topk sort tril triu arange unfold nn.functional.conv1d
 """.split()
 MODULES = ("nn.Linear", "nn.Embedding", "nn.LayerNorm", "nn.RMSNorm", "nn.MultiheadAttention")
 SAMPLES = 2
