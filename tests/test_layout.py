@@ -26,7 +26,10 @@ LAYERS = (
     ("llmcomp.backend",),
     ("llmcomp.explanation", "llmcomp.replay"),
     ("llmcomp.fixed_forward", "llmcomp.decoding", "llmcomp.generation"),
-    ("llmcomp.bench_machine", "llmcomp.bench_model", "llmcomp.bench_overhead", "llmcomp.bench_peer", "llmcomp.bench"),
+    (
+        *(f"llmcomp.bench_{part}" for part in ("growing", "machine", "model", "overhead", "peer", "process")),
+        "llmcomp.bench",
+    ),
     ("llmcomp",),
 )
 LATE_IMPORTS = {
