@@ -24,7 +24,7 @@ from llmcomp.forward import Forward
 from llmcomp.options import Options
 from llmcomp.processors import Processing, Stopping
 from llmcomp.prompt_lookup import NGRAM, Lookup
-from llmcomp.replay import Replay, Results, recording
+from llmcomp.replay import Replay, Results, any_rows, recording
 from llmcomp.sampling import Chosen, Rule, State
 
 # Steps between two looks at a device that works on its own, where nobody else needs the tokens.
@@ -140,7 +140,7 @@ class Decoding:
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
             factor=task.processing.factor(self.text.ids, self.vocabulary),
         )
-        keys = sampling.row_keys(rows, task.seed, device)
+        keys = any_rows(sampling.row_keys(rows, task.seed, device))
         numbers = task.processing.numbers(self.vocabulary, self.prompt, task.stopping.ending, task.pad, device)
         rule = task.processing.rule(task.stopping.pads, task.scores)
         self.program = Replay(compiled_choice(rule, self.engine.options), numbers, keys)

@@ -86,8 +86,8 @@ def _moved(past: Tensor, length: int, capacity: int) -> Tensor:
     held = min(held, length)
     buffer = past.new_zeros(rows, heads, capacity, size)
     buffer[:, :, length - held : length] = past[:, :, :held]
-    # A program that was compiled for one capacity serves all.
-    torch._dynamo.maybe_mark_dynamic(buffer, 2)
+    # A program that was compiled for one capacity serves all, and for several rows any number of them.
+    torch._dynamo.maybe_mark_dynamic(buffer, [0, 2] if rows > 1 else 2)
     return buffer
 
 

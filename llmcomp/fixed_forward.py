@@ -11,7 +11,7 @@ from llmcomp import compat
 from llmcomp.fixed_cache import FixedCache, empty, fixed, restore
 from llmcomp.forward import Forward
 from llmcomp.options import Options
-from llmcomp.replay import Replay, Results, recording
+from llmcomp.replay import Replay, Results, any_rows, recording
 
 # Capacities are multiples of this; a cache that is full is replaced by one of twice the length.
 ROOM = 256
@@ -29,7 +29,7 @@ class FixedForward:
         self.longest = self.length + more
         self.inputs = dict(forward.inputs)
         if "position_ids" in self.inputs:
-            self.inputs["position_ids"] = self.inputs["position_ids"].clone()
+            self.inputs["position_ids"] = any_rows(self.inputs["position_ids"].clone())
         self._make_room(forward.cache)
         if not keeps_cache:
             empty(forward.cache)
@@ -73,7 +73,7 @@ class FixedForward:
             # The future is hidden by its position, so that this mask never changes.
             mask = torch.nn.functional.pad(mask, (0, capacity - self.length), value=1)
             torch._dynamo.maybe_mark_dynamic(mask, 1)
-            self.inputs["attention_mask"] = mask
+            self.inputs["attention_mask"] = any_rows(mask)
         self.replay = Replay(compiled_step(self.options), self.model, self.inputs)
 
 

@@ -63,11 +63,21 @@ def recording(options: Options) -> Callable[..., torch.nn.Module]:
     return compile_recording
 
 
+def any_rows(tensor: Tensor) -> Tensor:
+    """`tensor` (rows, ...), marked so that a program compiled with it serves every number of rows above one."""
+    if tensor.shape[0] > 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
 class Replay:
     """A function of tensors, compiled by `recording`. It may be called with tensors of several layouts."""
 
     def __init__(self, function: Callable[..., Results], *fixed: object) -> None:
-        """`function(*fixed, *tensors)` gives new tensors or None, and changes nothing but tensors."""
+        """`function(*fixed, *tensors)` gives new tensors or None, and changes nothing but tensors.
+
+        The first dimension of its tensors are rows, of which there may be any number.
+        """
         self.function, self.fixed = function, fixed
         self._seen: dict[tuple[Layout, ...], _Bound | None] = {}
         self._trusted: dict[tuple[Layout, ...], _Bound] = {}
@@ -81,7 +91,7 @@ class Replay:
         calls: list[Call] = []
         listening = _calls.set(calls)
         try:
-            results = self.function(*self.fixed, *tensors)
+            results = self.function(*self.fixed, *map(any_rows, tensors))
         finally:
             _calls.reset(listening)
         self._note(layouts, _bind(calls, tensors, results))

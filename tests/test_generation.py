@@ -348,23 +348,6 @@ def test_transformers_calls_the_loop(eager: PreTrainedModel, compiled: PreTraine
     assert len(recorder.got) == 4 and recorder.got[-1] == "end"
 
 
-def test_a_model_that_is_not_compiled_is_left_as_it_is(graphs: list[GraphReport]) -> None:
-    model = llama()
-    before, names = dict(vars(model)), list(model.state_dict())
-    options = {"max_new_tokens": 6}
-    expected = model.generate(**PADDED, **options)
-    assert torch.equal(llmcomp.generate(model, **PADDED, **options), expected)
-    assert [g.kind for g in graphs] == ["inference"] * 3, "the prompt, the step, the choice"
-    assert vars(model) == before and list(model.state_dict()) == names
-    assert type(model).__module__.startswith("transformers") and model._compiled_call_impl is None
-    model.generate(**PADDED, **options)
-    assert len(graphs) == 3, "model.generate stays eager"
-    # Neither another length nor another call compiles anything but what is special about one row.
-    assert torch.equal(llmcomp.generate(model, **PADDED, max_new_tokens=300)[:, :15], expected)
-    assert torch.equal(llmcomp.generate(torch.compile(model, backend="llmcomp"), **PADDED, **options), expected)
-    assert len(graphs) == 3
-
-
 @pytest.mark.sweep
 def test_a_model_compiled_by_another_backend_keeps_it(graphs: list[GraphReport]) -> None:
     model, calls = llama(), []
@@ -479,3 +462,20 @@ def test_a_thousand_generations_leave_nothing_behind(compiled: PreTrainedModel) 
         run(n)
     gc.collect()
     assert len(gc.get_objects()) - before < 2000
+
+
+def test_a_model_that_is_not_compiled_is_left_as_it_is(graphs: list[GraphReport]) -> None:
+    model = llama()
+    before, names = dict(vars(model)), list(model.state_dict())
+    options = {"max_new_tokens": 6}
+    expected = model.generate(**PADDED, **options)
+    assert torch.equal(llmcomp.generate(model, **PADDED, **options), expected)
+    assert [g.kind for g in graphs] == ["inference"] * 3, "the prompt, the step, the choice"
+    assert vars(model) == before and list(model.state_dict()) == names
+    assert type(model).__module__.startswith("transformers") and model._compiled_call_impl is None
+    model.generate(**PADDED, **options)
+    assert len(graphs) == 3, "model.generate stays eager"
+    # Neither another length nor another call compiles anything but what is special about one row.
+    assert torch.equal(llmcomp.generate(model, **PADDED, max_new_tokens=300)[:, :15], expected)
+    assert torch.equal(llmcomp.generate(torch.compile(model, backend="llmcomp"), **PADDED, **options), expected)
+    assert len(graphs) == 3
