@@ -27,7 +27,7 @@ VIEWS = frozenset(
         aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
         aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int,
         aten.t.default, aten.expand.default, aten.select.int, aten.slice.Tensor, aten.split.Tensor,
-        aten.split_with_sizes.default, aten.unbind.int, aten.alias.default, aten.detach.default,
+        aten.split_with_sizes.default, aten.unbind.int, aten.unfold.default, aten.alias.default, aten.detach.default,
     }
 )  # fmt: skip
 CREATIONS = frozenset(

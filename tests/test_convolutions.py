@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
 from tests.graphs import rewrite
+from tests.grouping import fusing, grouped
 
 PASSES = (RECOGNIZE_LINEAR, CANONICALIZE)
 X = torch.randn(2, 6, 9)
@@ -55,6 +56,18 @@ linear: f32[2, 5, 4] = llmcomp.linear(reshape, reshape_1, x2, False)
 permute_1: f32[2, 4, 5] = aten.permute(linear, [0, 2, 1])
 clone: f32[2, 4, 5] = aten.clone(permute_1, memory_format=torch.contiguous_format)
 return (clone)""",
+    )
+
+
+def test_windows_are_read_where_the_padded_sequence_lies() -> None:
+    text, _ = grouped(
+        lambda x, w: F.conv1d(x, w, padding=1).relu(),
+        X,
+        torch.randn(4, 6, 3),
+        passes=lambda fits: (*PASSES, *fusing(fits)),
+    )
+    assert_expected_inline(
+        text, """contract: constant_pad_nd_default linear_default relu clone_default -> clone_default"""
     )
 
 
