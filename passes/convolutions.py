@@ -63,7 +63,7 @@ def rewrite_convolution(node: Node) -> str | None:
 
 def _unfit(node: Node) -> str | None:
     """Why this is no convolution along a sequence, or None."""
-    x, weight = val(node.args[0]), val(node.args[1])
+    x, weight = val(source(node)), val(source(node, 1))
     if x.dim() != 3 or argument(node, "transposed") is not False:
         return "it is not along one axis"
     if {x.dtype, weight.dtype} - set(DTYPES) or x.dtype != weight.dtype:
