@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterator
 
+# Workers share the cores: a thread that waits must not spin. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
