@@ -37,6 +37,9 @@ PLAN = "kv_cache"
 """The key of a graph module's meta under which the pass leaves its proof."""
 
 
+PROOF = Rules(RULES, POINTWISE, ordered)
+
+
 @dataclass(frozen=True)
 class Sequence:
     """An input along the sequence: its place among the inputs, and its axis."""
@@ -91,10 +94,12 @@ def _attends(graph: Graph) -> bool:
 
 
 def _lengths(graph: Graph) -> Iterator[sympy.Symbol]:
-    """Symbols that may be the length of the sequence: sizes of inputs, those of integer tensors first."""
+    """Symbols that may be the length of the sequence: sizes of tokens, of what is known of each, of embeddings."""
     inputs = [n for n in graph.find_nodes(op="placeholder") if is_tensor(n) and not n.meta.get("static")]
+    tokens = [n for n in inputs if not val(n).dtype.is_floating_point]
+    embeddings = [n for n in inputs if val(n).dtype.is_floating_point and val(n).dim() == 3]
     seen = set()
-    for node in sorted(inputs, key=lambda n: val(n).dtype.is_floating_point):
+    for node in (*tokens, *embeddings):
         for size in reversed(val(node).shape):
             symbol = expression(size)
             if symbol.is_Symbol and symbol not in seen:
@@ -108,6 +113,7 @@ def prove(gm: GraphModule, length: sympy.Symbol) -> Plan:
     Raises:
         Mixing: it cannot; says which node stopped it and why.
     """
+    relate(gm.graph, length, PROOF)  # most graphs fail here, before anything is copied
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -132,7 +138,7 @@ def _copy_parts_only(graph: Graph) -> None:
 
 
 def _proved(gm: GraphModule, length: sympy.Symbol) -> Plan:
-    relations = relate(gm.graph, length, Rules(RULES, POINTWISE, ordered))
+    relations = relate(gm.graph, length, PROOF)
     for node in results(gm.graph):
         relation = relations.get(node)
         if relation is not None and relation.along and (relation.ahead or 0) > 0:
