@@ -138,7 +138,13 @@ def cuts_after(node: Node, relations: dict[Node, Relation]) -> bool:
 
 
 def uses(node: Node) -> tuple[Use, ...]:
-    """The operands of a call with the axes of its result that theirs become."""
+    """The operands of a call with the axes of its result that theirs become.
+
+    Raises:
+        Mixing: it is a size, which differs between the whole and the new positions.
+    """
+    if node.target is aten.sym_size.int:
+        raise Mixing(node, "it is a size of something computed")
     if node.target is aten.index.Tensor:
         picks = indices(node)
         assert picks is not None

@@ -162,6 +162,16 @@ def test_padding_is_read_by_position() -> None:
         check(gm, (5, 5, 1))
 
 
+def test_sizes_of_computed_tensors_are_not_cut() -> None:
+    model = models.causal_lm("axk1").build(torch.float32)
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    with torch.no_grad():
+        reason = obstacle(
+            lambda i, m: model(input_ids=i, attention_mask=m, use_cache=False).logits, ids(2, 11) + 3, mask
+        )
+        assert reason == "it is a size of something computed"
+
+
 def printed(design: sm.Design, past: int | None, new: int | None) -> str:
     with torch.no_grad():
         gm, _ = analysed(sm.Decoder(design), ids())
