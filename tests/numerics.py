@@ -64,9 +64,10 @@ def divergences(ours: Tensor, eager: Tensor) -> tuple[Divergence, ...]:
 
 
 def is_tie(divergence: Divergence, eager: Tensor, exact: Tensor) -> bool:
-    """Whether both candidates tie in the `eager` logits (vocabulary,) of that position.
+    """Whether both candidates tie in the logits (vocabulary,) of that position.
 
-    A tie is a gap no wider than eager's own largest error against the `exact` (float64) logits.
+    A tie is a gap, in the `eager` or in the `exact` (float64) logits, no wider than eager's own largest error: eager's
+    errors may have driven apart two candidates that hardly differ.
     """
-    gap = (eager[divergence.ours].double() - eager[divergence.eager].double()).abs()
-    return bool(gap <= (eager.double() - exact.double()).abs().max())
+    gap = min(abs(float(logits[divergence.ours] - logits[divergence.eager])) for logits in (eager.double(), exact))
+    return gap <= float((eager.double() - exact.double()).abs().max())

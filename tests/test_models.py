@@ -76,6 +76,13 @@ def test_a_tie_is_a_gap_within_the_error_of_eager() -> None:
     assert not is_tie(Divergence(0, 0, 0, 2), eager, exact)
 
 
+def test_candidates_that_the_errors_of_eager_drove_apart_are_a_tie() -> None:
+    exact = torch.tensor([0.0, 1.62, 1.63])
+    eager = exact + torch.tensor([0.02, -0.02, 0.02])
+    assert is_tie(Divergence(0, 0, 1, 2), eager, exact)
+    assert not is_tie(Divergence(0, 0, 0, 2), eager, exact)
+
+
 def test_the_exact_copy_leaves_the_model_alone() -> None:
     model = case_named("mixtral").build(torch.bfloat16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
