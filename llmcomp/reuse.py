@@ -62,6 +62,8 @@ class Call:
     """The inputs of one call, sorted."""
 
     tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    addresses: tuple[int, ...]
     numbers: tuple[object, ...]
     sequences: tuple[Tensor, ...]
     length: int
@@ -127,7 +129,9 @@ class ReusingProgram:
         outputs, slots = self._outputs(kind, inputs, entry, past, call.length - past)
         # An entry of which all but the last position lives on in the new one is not kept beside it.
         outlived = entry is not None and entry.length - 1 <= past and entry.length <= call.length
-        self._remember(call, entry if outlived else None, turns, slots)
+        owner = _owner(call, weakref.WeakMethod(self._bury)) if entry is None else entry.owner
+        kept = Entry(owner, _copied(call), call.length, turns, slots, _versions(slots))
+        self._remember(kept, entry if outlived else None)
         return outputs
 
     def reset(self, owners: frozenset[int] | None = None) -> None:
@@ -172,7 +176,7 @@ class ReusingProgram:
             if self._wanted[kind] < (2 if kind == CHUNK else 1):
                 return False
             try:
-                self._programs[kind] = self._compile(insert_cache(self._plan, *SHAPES[kind]).gm)
+                self._programs[kind] = self._compile(insert_cache(self._plan, *SHAPES[kind]))
             except LlmcompError:
                 raise
             except Exception as error:  # the proof held, so this is a defect; the full program is right
@@ -219,12 +223,10 @@ class ReusingProgram:
 
     # ---- what is kept
 
-    def _remember(self, call: Call, old: Entry | None, turns: int, slots: tuple[Tensor, ...]) -> None:
-        sequences = tuple(t.detach().clone() for t in call.sequences)
-        owner = _owner(call, weakref.WeakMethod(self._bury))
-        entry = Entry(owner, sequences, call.length, turns, slots, _versions(slots))
+    def _remember(self, entry: Entry, old: Entry | None) -> None:
+        """Keep an entry, in place of `old` unless that has a cache and this has none."""
         with self._lock:
-            if old is not None and (slots or not old.slots):
+            if old is not None and (entry.slots or not old.slots):
                 self._entries = [e for e in self._entries if e is not old]
             self._entries.append(entry)
             self._evict()
@@ -273,7 +275,8 @@ class _Layout:
             return None
         sequences = tuple(inputs[s.position] for s in self.sequences)
         numbers = tuple(n for n in others if not isinstance(n, Tensor))
-        return Call(tensors, numbers, sequences, sequences[0].shape[self.axes[0]])
+        length = sequences[0].shape[self.axes[0]]
+        return Call(tensors, _versions(tensors), _addresses(tensors), numbers, sequences, length)
 
 
 def _varies(value: object, length: Any) -> bool:
@@ -289,16 +292,21 @@ def _owner(call: Call, bury: weakref.WeakMethod[Callable[[], None]]) -> Owner:
 
     first = [weakref.ref(t, gone) for t in call.tensors[:1]]
     refs = (*first, *map(weakref.ref, call.tensors[1:]))
-    return Owner(refs, _versions(call.tensors), _addresses(call.tensors), call.numbers)
+    return Owner(refs, call.versions, call.addresses, call.numbers)
 
 
 def _is_owner(owner: Owner, call: Call) -> bool:
     return (
         owner.numbers == call.numbers
+        and owner.versions == call.versions
+        and owner.addresses == call.addresses
         and all(r() is t for r, t in zip(owner.tensors, call.tensors, strict=True))
-        and owner.versions == _versions(call.tensors)
-        and owner.addresses == _addresses(call.tensors)
     )
+
+
+def _copied(call: Call) -> tuple[Tensor, ...]:
+    """The tokens of a call, which the caller may write into."""
+    return tuple(t.detach().clone() for t in call.sequences)
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

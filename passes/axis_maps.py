@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 
 import llmcomp.ops  # noqa: F401  (defines torch.ops.llmcomp)
 from llmcomp.graph import argument, is_tensor, known, same_size, source, tensors, val
+from llmcomp.passes.relations import is_pointwise
 
 aten, ops = torch.ops.aten, torch.ops.llmcomp
 
@@ -60,6 +60,11 @@ def dims(node: Node, name: str) -> frozenset[int]:
     if given is None or (isinstance(given, list | tuple) and not given):
         return frozenset(range(rank))
     return frozenset(int(d) % max(rank, 1) for d in (given if isinstance(given, list | tuple) else [given]))  # type: ignore[arg-type]
+
+
+def result_axis(node: Node) -> int:
+    """The axis of the result that the argument `dim` names."""
+    return int(argument(node, "dim")) % val(node).dim()  # type: ignore[arg-type]
 
 
 def _reduced(name: str = "dim") -> Uses:
@@ -119,9 +124,8 @@ def _select(node: Node) -> tuple[Use, ...]:
 
 
 def _unsqueeze(node: Node) -> tuple[Use, ...]:
-    rank = val(node).dim()
-    new = int(argument(node, "dim")) % rank  # type: ignore[arg-type]
-    return (Use(source(node), {d: d + (d >= new) for d in range(rank - 1)}),)
+    new = result_axis(node)
+    return (Use(source(node), {d: d + (d >= new) for d in range(val(node).dim() - 1)}),)
 
 
 def _squeeze(node: Node) -> tuple[Use, ...]:
@@ -145,12 +149,12 @@ def _repeat(node: Node) -> tuple[Use, ...]:
 
 def _cat(node: Node) -> tuple[Use, ...]:
     """Axes other than the one along which parts are put together."""
-    joint = int(argument(node, "dim")) % val(node).dim()  # type: ignore[arg-type]
+    joint = result_axis(node)
     return tuple(Use(x, {d: d for d in range(val(node).dim()) if d != joint}) for x in tensors(node))
 
 
 def _stack(node: Node) -> tuple[Use, ...]:
-    new = int(argument(node, "dim")) % val(node).dim()  # type: ignore[arg-type]
+    new = result_axis(node)
     return tuple(Use(x, {d: d + (d >= new) for d in range(val(node).dim() - 1)}) for x in tensors(node))
 
 
@@ -205,7 +209,7 @@ def axis_map(node: Node) -> tuple[Use, ...]:
     """The operands of a call of one of MAPS, or of what torch tags as pointwise."""
     if (uses := MAPS.get(node.target)) is not None:
         return uses(node)
-    assert isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags, f"no map of {node.target}"
+    assert is_pointwise(node), f"no map of {node.target}"
     return broadcast(node)
 
 

@@ -1,12 +1,11 @@
 """The cached graph of a proof: what passes/insert_kv_cache.py promises, made node by node.
 
-`Cached(plan, past, new).build()` walks the proved graph in order and makes each wanted version of each node:
+`insert_cache` walks the proved graph in order and makes each wanted version of each node:
 cut to the new positions, or whole. The result has sizes of its own: `past` positions that are kept, `new` ones to
 compute; the length s of the sequence is their sum everywhere.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -29,23 +28,14 @@ CACHED = "cached"
 """What the meta of a cached graph calls its kind."""
 
 
-@dataclass(frozen=True)
-class CachedGraph:
-    """A graph over the inputs of the proved one, then past and new where they vary, then the slots so far.
-
-    Its results are those of the proved graph, then the slots, grown.
-    """
-
-    gm: GraphModule
-    past: int | None  # fixed number of positions that are kept, None where it varies
-    new: int | None  # fixed number of positions that are computed, None where it varies
-
-
-def insert_cache(plan: Plan, past: int | None, new: int | None) -> CachedGraph:
+def insert_cache(plan: Plan, past: int | None, new: int | None) -> GraphModule:
     """The cached graph of a proof for `past` positions (0, or None: any number from 2 on) and `new` ones (None: any
     number from 2 on).
+
+    Its inputs are those of the proved graph, then past and new where they vary, then the slots so far; its results
+    those of the proved graph, then the slots, grown.
     """
-    return CachedGraph(_Builder(plan, past, new).build(), past, new)
+    return _Builder(plan, past, new).build()
 
 
 class _Builder:
@@ -82,8 +72,8 @@ class _Builder:
         for node in self.plan.gm.graph.nodes:
             for version in sorted(self.plan.demands.versions.get(node, ()), key=sorted):
                 self._make(node, WHOLE if self.begins else version)
-            if node in grown:
-                self._write(node, grown[node])
+            if (slot := self.plan.slot(node)) is not None:
+                self._write(slot, grown[node])
         outputs = [self._result(n, grown) for n in returned(self.plan.gm.graph)]
         self.graph.output(tuple(outputs) + tuple(grown.values()))
         gm = GraphModule(self.plan.gm, self.graph)
@@ -125,9 +115,9 @@ class _Builder:
         value = val(slot.node)
         return insert(self.graph, ops.cache_room.default, shape, slot.axis, value.dtype, value.device)
 
-    def _write(self, node: Node, cache: Node) -> None:
+    def _write(self, slot: Slot, cache: Node) -> None:
         """What is new of a slot goes into its cache; readers of the whole read the cache."""
-        slot = next(s for s in self.plan.slots if s.node is node)
+        node = slot.node
         start = sympy.Integer(0) if self.begins else self.sizes.past + slot.extra
         end = self.sizes.past + self.sizes.new + slot.extra
         new = self.made[node, WHOLE if self.begins else frozenset({slot.axis})]
@@ -143,7 +133,7 @@ class _Builder:
             size: Argument = self._operand(result, WHOLE)
             return size
         node = content(result, self.relations)
-        slot = next((s for s in self.plan.slots if s.node is node), None)
+        slot = self.plan.slot(node)
         if slot is not None and is_copied(slot, result):
             return insert(self.graph, aten.clone.default, grown[node], memory_format=torch.contiguous_format)
         return self.made[node, WHOLE]

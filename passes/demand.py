@@ -14,8 +14,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from llmcomp.graph import argument, is_tensor, source, val
-from llmcomp.passes.axis_maps import Use, axis_map
+from llmcomp.graph import is_tensor, source, val
+from llmcomp.passes.axis_maps import Use, axis_map, result_axis
 from llmcomp.passes.relation_rules import CREATIONS_LIKE, RESHAPES, RUNNING, index_uses, indices, part_start
 from llmcomp.passes.relations import Kind, Mixing, Relation, expression
 
@@ -134,7 +134,7 @@ def cuts_after(node: Node, relations: dict[Node, Relation]) -> bool:
     axes = relations[node].axes
     if node.target not in (*RUNNING, aten.cat.default, aten.slice.Tensor) or sorts(node, relations):
         return False
-    return int(argument(node, "dim")) % val(node).dim() in axes  # type: ignore[arg-type]
+    return result_axis(node) in axes
 
 
 def uses(node: Node) -> tuple[Use, ...]:

@@ -12,7 +12,7 @@
     attention(q, keys, values, causal at offset p); return results
 
 The proof is passes/relations.py: no element of what is kept may change when the sequence gets longer. The pass
-leaves the graph as it is and notes the proof on it (`PLAN`); `insert` makes the cached graph of a proof when a
+leaves the graph as it is and notes the proof on it (`PLAN`); `insert_cache` makes the cached graph of a proof when a
 program first wants one (llmcomp/reuse.py). What is kept are the slots: computed tensors of which all positions
 are read (keys, values) or returned (logits). Whatever depends on positions or tokens alone is made anew.
 """
@@ -35,7 +35,6 @@ from llmcomp.passes.relations import Mixing, Relation, Rules, expression, relate
 
 PLAN = "kv_cache"
 """The key of a graph module's meta under which the pass leaves its proof."""
-
 
 PROOF = Rules(RULES, POINTWISE, ordered)
 
@@ -68,6 +67,10 @@ class Plan:
     demands: Demands = field(repr=False)
     sequences: tuple[Sequence, ...] = ()
     slots: tuple[Slot, ...] = ()
+
+    def slot(self, node: Node) -> Slot | None:
+        """The slot that keeps a node, if one does."""
+        return next((s for s in self.slots if s.node is node), None)
 
 
 def _run(graph: Graph, report: Report) -> None:
@@ -174,8 +177,7 @@ def results(graph: Graph) -> list[Node]:
 
 def lent(plan: Plan, result: Node) -> Slot | None:
     """The slot whose memory a result of the cached graph shows, or None where it has its own."""
-    node = content(result, plan.relations)
-    slot = next((s for s in plan.slots if s.node is node), None)
+    slot = plan.slot(content(result, plan.relations))
     return None if slot is None or is_copied(slot, result) else slot
 
 

@@ -238,23 +238,21 @@ def _joined(node: Node, index: Index) -> Affine | None:
     """Parts one behind the other that go on as one rule, such as -1 and 0, 1, 2, ..."""
     parts, dim = node.args[0], int(argument(node, "dim")) % len(index)  # type: ignore[arg-type]
     assert isinstance(parts, list | tuple)
-    at, before = index[dim], 0
-    values: list[tuple[Affine, int, bool]] = []
-    for part in parts:
+    at, values = index[dim], []
+    if at is None:
+        return None
+    for position, part in enumerate(parts):
         assert isinstance(part, Node)
-        size = val(part).shape[dim]
-        if at is None or (len(values) + 1 < len(parts) and not _is_one(size)):
+        single = _is_one(val(part).shape[dim])
+        if not single and position < len(parts) - 1:
             return None
-        value = integer(part, (*index[:dim], ZERO if _is_one(size) else at.plus(-before), *index[dim + 1 :]))
+        value = integer(part, (*index[:dim], ZERO if single else at.plus(-position), *index[dim + 1 :]))
         if value is None:
             return None
-        values.append((value, before, _is_one(size)))
-        before = before + 1
-    rule = values[-1][0]
-    for value, position, single in values:
-        if single and (at is None or not _agrees(rule, value, at, position)):
-            return None
-    return rule
+        values.append((position, single, value))
+    rule = values[-1][-1]
+    agree = (_agrees(rule, value, at, position) for position, single, value in values if single)
+    return rule if all(agree) else None
 
 
 def _agrees(rule: Affine, value: Affine, at: Affine, position: int) -> bool:

@@ -25,7 +25,6 @@ from llmcomp.passes.relations import Along, Kind, Mixing, Reader, Relation, is_p
 aten, ops = torch.ops.aten, torch.ops.llmcomp
 
 COUNTS = (aten.histc.default, aten.bincount.default)
-SORTS = (aten.sort.default, aten.sort.stable)
 
 
 def ordered(reader: Reader, node: Node) -> Relation:

@@ -13,7 +13,7 @@ from torch import SymInt
 from torch.fx import Node
 
 from llmcomp.graph import argument, known, source, tensors, val
-from llmcomp.passes.axis_maps import MAPS, Use, Uses, broadcast, dims
+from llmcomp.passes.axis_maps import MAPS, Use, Uses, broadcast, dims, result_axis
 from llmcomp.passes.positions import QUERY, integer
 from llmcomp.passes.relations import (
     INDEPENDENT,
@@ -108,9 +108,7 @@ def _slice(reader: Reader, node: Node) -> Relation:
     if here is None and reader.relation(x) == INDEPENDENT and reader.long(val(node).shape[axis]):
         return _table(reader, node, axis)
     if here is None:
-        if reads_length(reader, node):
-            raise Mixing(node, "it computes with the length of the sequence")
-        return moved(reader, node, MAPS[node.target](node))
+        return mapped(MAPS[node.target])(reader, node)
     if argument(node, "step") != 1 or here.inner != 1:
         raise Mixing(node, "it leaves out positions")
     return _part(reader, node, here, val(node).shape[axis])
@@ -128,9 +126,7 @@ def _select(reader: Reader, node: Node) -> Relation:
     x, axis = source(node), _axis(node)
     here = reader.relation(x).at(axis)
     if here is None:
-        if reads_length(reader, node):
-            raise Mixing(node, "it computes with the length of the sequence")
-        return moved(reader, node, MAPS[node.target](node))
+        return mapped(MAPS[node.target])(reader, node)
     return _part(reader, node, here, 1)
 
 
@@ -170,7 +166,7 @@ def _part(reader: Reader, node: Node, here: Along, size: int | SymInt) -> Relati
 
 
 def _cat(reader: Reader, node: Node) -> Relation:
-    joint = int(argument(node, "dim")) % val(node).dim()  # type: ignore[arg-type]
+    joint = result_axis(node)
     *head, tail = tensors(node)
     if not reader.long(val(node).shape[joint]):
         return mapped(MAPS[aten.cat.default])(reader, node)

@@ -61,7 +61,7 @@ def check(gm: GraphModule, pieces: tuple[int, ...]) -> None:
         whole = gm(*inputs)
         if done:
             inputs += [done] if piece == 1 else [done, piece]
-        results = cached.gm(*inputs, *slots)
+        results = cached(*inputs, *slots)
         for a, b in zip(results, whole, strict=False):
             close(a.contiguous(), b.contiguous(), 1e-5) if isinstance(b, Tensor) else None
         slots, done = results[len(whole) :], end
@@ -175,7 +175,7 @@ def test_sizes_of_computed_tensors_are_not_cut() -> None:
 def printed(design: sm.Design, past: int | None, new: int | None) -> str:
     with torch.no_grad():
         gm, _ = analysed(sm.Decoder(design), ids())
-    return text(insert_cache(gm.meta[PLAN], past, new).gm.graph)
+    return text(insert_cache(gm.meta[PLAN], past, new).graph)
 
 
 def test_a_step_of_a_gpt() -> None:
