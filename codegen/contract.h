@@ -42,8 +42,9 @@ INLINE int64_t wide_tile(int64_t columns, int64_t rows, int64_t team) {
     return round_up((each + tiles - 1) / tiles, TILE);
 }
 
-// What both kinds of operand share: where the packed rows of a block are, and who packs which.
-template <typename Packed, int64_t PANEL_>
+// What all kinds of operand share: where the packed rows of a block are, and who packs which. A packed row is a
+// multiple of MULTIPLE long.
+template <typename Packed, int64_t PANEL_, int64_t MULTIPLE>
 struct Packing {
     static constexpr int64_t PANEL = PANEL_;  // rows that are multiplied together
 
@@ -54,7 +55,7 @@ struct Packing {
     Packed* const packed;
     int64_t count = 0;  // rows of the current block
 
-    static int64_t stride_of(int64_t depth) { return round_up(depth, 2 * W); }
+    static int64_t stride_of(int64_t depth) { return round_up(depth, MULTIPLE); }
     static bool share(int64_t rows, int64_t depth, int64_t team) { return team > 1 && rows * depth > PRIVATE; }
     static int64_t block_size(int64_t rows, int64_t depth) {
         return round_up(op::minimum(rows, BLOCK), PANEL) * stride_of(depth);
@@ -92,11 +93,11 @@ struct Packing {
 // ---- weights stored along k: nn.Linear ------------------------------------------------------------------------------
 
 // Up to FEW rows are packed for `micro::dots`, more for `micro::outer`, W or 2 W at a time.
-template <typename Weight, typename Graph>
-struct Operand : Packing<typename micro::Format<Weight, Graph>::Packed, 2 * W> {
+template <typename Weight, typename Graph, int64_t MULTIPLE = 2 * W>
+struct Operand : Packing<typename micro::Format<Weight, Graph>::Packed, 2 * W, MULTIPLE> {
     typedef micro::Format<Weight, Graph> F;
     typedef typename F::Packed Packed;
-    typedef Packing<Packed, 2 * W> Base;
+    typedef Packing<Packed, 2 * W, MULTIPLE> Base;
     using Base::PANEL, Base::count, Base::depth, Base::line, Base::packed, Base::stride;
     using Base::Base;
 
@@ -188,10 +189,10 @@ struct Operand : Packing<typename micro::Format<Weight, Graph>::Packed, 2 * W> {
 
 // Up to 8 rows are multiplied with the weights where they are, more with a copy of some of the weights in the cache.
 template <typename Weight, typename Graph>
-struct ColumnOperand : Packing<typename micro::ColumnFormat<Weight, Graph>::Packed, 64> {
+struct ColumnOperand : Packing<typename micro::ColumnFormat<Weight, Graph>::Packed, 64, 2 * W> {
     typedef micro::ColumnFormat<Weight, Graph> F;
     typedef typename F::Packed Packed;
-    typedef Packing<Packed, 64> Base;
+    typedef Packing<Packed, 64, 2 * W> Base;
     using Base::PANEL, Base::count, Base::depth, Base::line, Base::packed, Base::stride;
     using Base::Base;
 

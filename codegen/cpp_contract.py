@@ -32,6 +32,7 @@ from llmcomp.codegen.cpp_body import (
     print_phases,
 )
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
+from llmcomp.codegen.cpp_packed import numbers, packing_of, tile, weights_type
 from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
 from llmcomp.codegen.kernel import (
     Accumulator,
@@ -39,6 +40,7 @@ from llmcomp.codegen.kernel import (
     Body,
     Buffer,
     Contract,
+    Packing,
     Reduce,
     Section,
     Store,
@@ -173,6 +175,11 @@ class _Printer:
         return MEMORY_TYPES[found.pop()]
 
     @cached_property
+    def packing(self) -> Packing | None:
+        """How the weights are stored, None where they are dense."""
+        return packing_of(self.kernel)
+
+    @cached_property
     def wide(self) -> bool:
         """Whether all weights are stored (K, N): consecutive columns are neighbours in memory."""
         found = [steps(s, a) for s in self.kernel.sections for a in s.accumulators]
@@ -180,8 +187,11 @@ class _Printer:
 
     @cached_property
     def operand_type(self) -> str:
+        graph = MEMORY_TYPES[self.kernel.operand_dtype]
+        if self.packing is not None:
+            return f"packed::Operand<{weights_type(self.kernel, self.packing)}, {graph}>"
         kind = "ColumnOperand" if self.wide else "Operand"
-        return f"contract::{kind}<{self.weight_type}, {MEMORY_TYPES[self.kernel.operand_dtype]}>"
+        return f"contract::{kind}<{self.weight_type}, {graph}>"
 
     @cached_property
     def tiles(self) -> tuple[_Tiles, ...]:
@@ -203,8 +213,11 @@ class _Printer:
 
     def text(self) -> str:
         w = Writer()
-        w.line('#include "contract.h"')
+        w.line(f'#include "{"contract" if self.packing is None else "packed"}.h"')
         w.line()
+        if self.packing is not None and self.packing.format.bits == 4:
+            w.line(numbers(self.packing.format))
+            w.line()
         self.print_part(w)
         w.line()
         self.print_entry(w)
@@ -325,8 +338,11 @@ class _Printer:
 
     def print_weight(self, w: Writer, tiles: _Tiles, a: Accumulator) -> None:
         """The pointer to the first weight row of the tile."""
-        v, weight, ctype = self.names, a.weight, self.weight_type
+        v, weight = self.names, a.weight
         first = sympy.Integer(0) if tiles.whole else _symbol(v.first)
+        if self.packing is not None:
+            return self.print_packed(w, tiles, a, first)
+        ctype = self.weight_type
         row = a.row.subs(tiles.last.symbol, first)
         at = weight.offset + row * weight.row_stride
         if self.kernel.experts is not None:
@@ -339,6 +355,15 @@ class _Printer:
             strides = f"{index(across)}, {index(along)}"
             text = f"contract::gather(({ctype}*){room}.aligned(), {text}, {strides}, {width}, {v.depth})"
         w.line(f"const {ctype}* const {self.name(a, 'weight')} = {text};")
+
+    def print_packed(self, w: Writer, tiles: _Tiles, a: Accumulator, first: sympy.Expr) -> None:
+        """The weights of the tile where they are stored in a format, and unpacked where many rows meet them."""
+        assert self.packing is not None
+        weight, room, width = self.name(a, "weight"), self.name(a, "copy"), self.width(tiles)
+        w.line(f"const {weights_type(self.kernel, self.packing)} {weight} = {tile(tiles.section, a, first)};")
+        w.line(f"const work::Memory {room}({self.names.operand}.room_for({width}));")
+        unpacked = f"{self.names.operand}.unpack({room}.aligned(), {weight}, {width})"
+        w.line(f"const auto* const {self.name(a, 'dense')} = {unpacked};")
 
     def name(self, a: Accumulator, what: str) -> str:
         return unused(f"{a.name}_{what}", self.taken)
@@ -357,19 +382,20 @@ class _Printer:
             w.line(f"alignas(64) float {self.name(a, 'tile')}[{tiles.room}];")
         for i, a in enumerate(accumulators):
             passed = [v.panel, self.name(a, "tile"), index(tiles.ldo), self.name(a, "weight")]
-            passed += [index(self.ld(tiles.section, a)), self.width(tiles)]
+            passed += [index(self.ld(tiles.section, a)) if self.packing is None else self.name(a, "dense")]
+            passed.append(self.width(tiles))
             if not self.wide:
                 passed.append(self.follows(tiles, i))
             w.line(f"{v.operand}.multiply({', '.join(passed)});")
 
     def follows(self, tiles: _Tiles, i: int) -> str:
         """Where the weights are that are read after accumulator `i` of a tile: they are fetched meanwhile."""
-        accumulators = tiles.section.accumulators
+        accumulators, start = tiles.section.accumulators, "" if self.packing is None else ".codes"
         if i + 1 < len(accumulators):
-            return self.name(accumulators[i + 1], "weight")
+            return self.name(accumulators[i + 1], "weight") + start
         # The next tile begins with the first accumulator, further on; or behind the last one, in the next run.
         a = accumulators[i] if tiles.run == 1 else accumulators[0]
-        return f"{self.name(a, 'weight')} + {index(tiles.width * self.ld(tiles.section, a))}"
+        return f"{self.name(a, 'weight')}{start} + {index(tiles.width * self.ld(tiles.section, a))}"
 
     def print_epilogue(self, w: Writer, tiles: _Tiles, body: Body) -> None:
         """The epilogue over the rows of the panel and the columns of the tile."""

@@ -35,6 +35,7 @@ MEMORY_TYPES: dict[torch.dtype, str] = {
     torch.bool: "uint8_t",
     torch.bfloat16: "bf16",
     torch.float16: "f16",
+    torch.float8_e4m3fn: "e4m3",
 }
 
 # One row per operation: a text for every class of operand, or a text by class ("float", "int", "bool").

@@ -26,13 +26,15 @@ from llmcomp.codegen.lowered import (
 )
 from llmcomp.codegen.pull import Inner, Puller, Special, compute_dtype, fake
 from llmcomp.codegen.rules import rules
+from llmcomp.formats import Format, parse_format
+from llmcomp.graph import is_contiguous
+from llmcomp.products import PACKED, bias_of, ends_of, is_product, operand_of
 from llmcomp.region import Region, Unfit
 
 
 def linears(region: Region) -> list[Node]:
     """The linear layers of a region."""
-    ops = torch.ops.llmcomp
-    return [n for n in region.nodes if n.target in (ops.linear.default, ops.grouped_linear.default)]
+    return [n for n in region.nodes if is_product(n)]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Trace:
 def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
     """One Contract for all linear layers of a region."""
     layers = linears(region)
-    operand, grouped = layers[0].args[0], layers[0].target is torch.ops.llmcomp.grouped_linear.default
-    assert isinstance(operand, Node)
-    if any(n.args[0] is not operand for n in layers) or (grouped and len({n.args[2] for n in layers}) > 1):
+    operand, ends_node = operand_of(layers[0]), ends_of(layers[0])
+    if any((operand_of(n), ends_of(n)) != (operand, ends_node) for n in layers):
         raise Unfit("linear layers of different operands")
+    if len({storage(n) for n in layers}) > 1:
+        raise Unfit("weights in different formats")
     inside = members(region, inlined)
     lead, depth = sizes(fake(operand).shape[:-1]), size(fake(operand).shape[-1])
     rows = K.Axis(axis_symbol("m"), sympy.expand(sympy.Mul(*lead)))
@@ -73,9 +76,7 @@ def lower_contract(region: Region, inlined: Set[Node]) -> Lowered:
         sections.append(section)
     ends = None
     count: sympy.Expr = sympy.Integer(1)
-    if grouped:
-        ends_node = layers[0].args[2]
-        assert isinstance(ends_node, Node)
+    if ends_node is not None:
         ends, count = prologue.buffer(ends_node, "ends").name, size(fake(ends_node).shape[0])
     return finish_all(
         pullers,
@@ -339,16 +340,17 @@ def _accumulating(
             name = p.name("acc")
             p.dtypes[name] = torch.float32
             accumulators[key] = K.Accumulator(name, _weight(node, prologue, k), key[1])
-        name = accumulators[key].name
-        bias = node.args[2] if node.target is torch.ops.llmcomp.linear.default else None
         result = compute_dtype(fake(node).dtype)
         if result != torch.float32:
             raise Unfit(f"{node.name} computes in {result}")
-        if not isinstance(bias, Node):
-            return name
+        value: K.Argument = accumulators[key].name
         saved, p.dtype = p.dtype, torch.float32
         try:
-            return p.op("add", name, p.convert(p.at(bias, at[-1:], "bias"), torch.float32))
+            if (scale := row_scale(node)) is not None:
+                value = p.op("mul", value, p.at(scale, at[-1:], "scale"))
+            if (bias := bias_of(node)) is not None:
+                value = p.op("add", value, p.convert(p.at(bias, at[-1:], "bias"), torch.float32))
+            return value
         finally:
             p.dtype = saved
 
@@ -357,8 +359,41 @@ def _accumulating(
     return p
 
 
+def storage(layer: Node) -> Format | None:
+    """The format in which the weight of a layer is stored, None where it is dense."""
+    return parse_format(str(layer.args[5])) if layer.target is PACKED else None
+
+
+def row_scale(layer: Node) -> Node | None:
+    """The scales of a quantized weight, where there is one for each row."""
+    form = storage(layer)
+    if form is None or form.group:
+        return None
+    scale = layer.args[2]
+    assert isinstance(scale, Node)
+    return scale
+
+
+def _packed(layer: Node, form: Format, prologue: Puller) -> K.Weight:
+    """The matrix of a layer whose weight is quantized; its parts lie in memory, row after row."""
+    codes, scale, zero = layer.args[1:4]
+    for part in (codes, scale, zero):
+        if isinstance(part, Node) and (not prologue.in_memory(part) or not is_contiguous(fake(part))):
+            raise Unfit(f"the quantized weight of {layer.name} is computed")
+    assert isinstance(codes, Node) and isinstance(scale, Node)
+    row = size(fake(codes).shape[1])
+    buffer = prologue.buffer(codes, "weight").name
+    if not form.group:
+        return K.Weight(buffer, row, sympy.Integer(1), packing=K.Packing(form))
+    zeros = prologue.buffer(zero, "zero").name if isinstance(zero, Node) else None
+    packing = K.Packing(form, size(fake(scale).shape[1]), prologue.buffer(scale, "scale").name, zeros)
+    return K.Weight(buffer, row, sympy.Integer(1), packing=packing)
+
+
 def _weight(layer: Node, prologue: Puller, k: K.Axis) -> K.Weight:
     """The matrix of a linear layer, through whatever views lie between it and memory."""
+    if (form := storage(layer)) is not None:
+        return _packed(layer, form, prologue)
     weight = layer.args[1]
     assert isinstance(weight, Node)
     kn = bool(layer.args[3])

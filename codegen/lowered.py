@@ -1,7 +1,7 @@
 """What lowering of every family shares: outputs and where they are written, loop axes, names of arguments."""
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import sympy
 import torch
@@ -184,12 +184,12 @@ def _free_symbols(value: object) -> tuple[list[sympy.Symbol], Set[str]]:
         elif isinstance(v, tuple):
             for item in v:
                 visit(item)
-        elif hasattr(v, "__dataclass_fields__"):
+        elif is_dataclass(v):
             if isinstance(v, K.Axis):
                 visit(v.size)
                 return
-            for name in v.__dataclass_fields__:
-                visit(getattr(v, name))
+            for field in fields(v):
+                visit(getattr(v, field.name))
 
     visit(value)
     return list(seen), functions
@@ -203,6 +203,6 @@ def _renamed(value: object, names: dict[sympy.Symbol, sympy.Symbol]) -> object:
         return value.xreplace(names)
     if isinstance(value, tuple):
         return tuple(_renamed(v, names) for v in value)
-    if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{n: _renamed(getattr(value, n), names) for n in value.__dataclass_fields__})  # type: ignore[type-var]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _renamed(getattr(value, f.name), names) for f in fields(value)})
     return value

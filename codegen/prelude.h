@@ -60,6 +60,21 @@ INLINE float from_float16(uint16_t x) {
     return bits<float>(sign | (a < 0x400u ? bits<uint32_t>(subnormal) : normal));
 }
 
+// float8 e4m3: four bits of exponent, three of mantissa, no infinities; 0x7f is NaN.
+INLINE uint8_t to_float8(float x) {
+    const uint32_t u = bits<uint32_t>(x), a = u & 0x7fffffffu;
+    const uint32_t normal = (a + 0x7ffffu + (a >> 20 & 1u)) >> 20;
+    const uint32_t subnormal = bits<uint32_t>(bits<float>(a) + 0x1p14f) - bits<uint32_t>(0x1p14f);
+    const uint32_t finite = a < 0x3c800000u ? subnormal : normal - (120u << 3);
+    return uint8_t(u >> 24 & 0x80u) | uint8_t(a > 0x43e80000u ? 0x7fu : finite);
+}
+
+INLINE float from_float8(uint8_t x) {
+    const uint32_t sign = uint32_t(x & 0x80u) << 24;
+    const float a = bits<float>(uint32_t(x & 0x7fu) << 20) * 0x1p120f;
+    return bits<float>(sign | ((x & 0x7fu) == 0x7fu ? 0x7fc00000u : bits<uint32_t>(a)));
+}
+
 INLINE float round_bfloat16(float x) { return from_bfloat16(to_bfloat16(x)); }
 INLINE float round_float16(float x) { return from_float16(to_float16(x)); }
 
@@ -75,6 +90,12 @@ struct f16 {
     uint16_t bits;
     __attribute__((always_inline)) void operator=(float x) { bits = op::to_float16(x); }
     __attribute__((always_inline)) operator float() const { return op::from_float16(bits); }
+};
+
+struct e4m3 {
+    uint8_t bits;
+    __attribute__((always_inline)) void operator=(float x) { bits = op::to_float8(x); }
+    __attribute__((always_inline)) operator float() const { return op::from_float8(bits); }
 };
 
 namespace op {

@@ -35,11 +35,13 @@ LOADABLE = frozenset(
     | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 )
 NARROW_FLOATS = {torch.bfloat16: "round_bfloat16", torch.float16: "round_float16"}
+MOVABLE = LOADABLE | {torch.float8_e4m3fn}
+"""What kernels load and store; arithmetic that rounds to float8 is not theirs."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of `dtype` live in registers."""
-    return torch.float32 if dtype in NARROW_FLOATS else dtype
+    return torch.float32 if dtype in NARROW_FLOATS or dtype == torch.float8_e4m3fn else dtype
 
 
 def fake(node: Node) -> torch.Tensor:
@@ -107,7 +109,7 @@ class Puller:
         """The buffer argument that holds a node's value."""
         if node not in self.buffers:
             dtype = fake(node).dtype
-            if dtype not in LOADABLE:
+            if dtype not in MOVABLE:
                 raise Unfit(f"{node.name} has dtype {dtype}")
             self.buffers[node] = Buffer(self.name(f"{stem}_ptr"), dtype)
         return self.buffers[node]
@@ -222,9 +224,10 @@ class Puller:
             return self.special[node](self, node, index)
         if not self.inside(node):
             return self.load(node, index, stem)
-        if fake(node).dtype not in LOADABLE:
+        rule = table().get(node.target)  # type: ignore[call-overload]
+        if fake(node).dtype not in (MOVABLE if rule is None else LOADABLE):
             raise Unfit(f"{node.name} has dtype {fake(node).dtype}")
-        if (rule := table().get(node.target)) is not None:  # type: ignore[call-overload]
+        if rule is not None:
             return self._pointwise(node, rule, index)
         if (special := self.rules.get(node.target)) is not None:
             return special(self, node, index)

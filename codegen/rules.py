@@ -7,10 +7,13 @@ from functools import cache
 import torch
 from torch.fx import Node
 
-import llmcomp.ops  # noqa: F401  (defines torch.ops.llmcomp)
+import llmcomp.ops
+import llmcomp.packed_ops  # noqa: F401  (both define torch.ops.llmcomp)
 from llmcomp.codegen.index import Index, size
 from llmcomp.codegen.kernel import Argument
 from llmcomp.codegen.pull import Puller, Rule, broadcast, compute_dtype, fake
+from llmcomp.codegen.rules_cache import cache_rules
+from llmcomp.codegen.rules_packed import dequantize
 from llmcomp.codegen.rules_reduce import TUPLES, item, reduce_rules, reduced_dims
 from llmcomp.codegen.rules_view import SPLITS, getitem, view_rules
 from llmcomp.pointwise import activation
@@ -77,7 +80,7 @@ def is_reduction(node: Node) -> bool:
     """Whether a node reduces along an axis, or is an item of what does."""
     if node.target is operator.getitem:
         return isinstance(node.args[0], Node) and node.args[0].target in TUPLES
-    return node.target in reduce_rules()
+    return node.target in reduce_rules() or node.target is torch.ops.llmcomp.cache_scale.default
 
 
 @cache
@@ -87,7 +90,9 @@ def rules() -> Mapping[object, Rule]:
     return {
         **view_rules(),
         **reduce_rules(),
+        **cache_rules(),
         operator.getitem: _getitem,
         ops.rope.default: rope,
         ops.gated.default: gated,
+        ops.dequantize.default: dequantize,
     }

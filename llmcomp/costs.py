@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from llmcomp.hints import hint
+from llmcomp.products import PRODUCTS
 from llmcomp.region import Region
 
 
@@ -24,7 +25,7 @@ def flops(node: Node) -> int:
     ops, aten = torch.ops.llmcomp, torch.ops.aten
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return 0
-    if node.target in (ops.linear.default, ops.grouped_linear.default, aten.linear.default, aten.mm.default,
+    if node.target in (*PRODUCTS, aten.linear.default, aten.mm.default,
                        aten.bmm.default, aten.addmm.default, aten.matmul.default):  # fmt: skip
         first = node.args[1] if node.target is aten.addmm.default else node.args[0]
         assert isinstance(first, Node)

@@ -35,3 +35,7 @@ class GenerationError(LlmcompError):
 
 class MemoryFullError(LlmcompError):
     """A KV cache does not fit into the memory of its device; the message names its size and what lowers it."""
+
+
+class FormatError(LlmcompError):
+    """A weight that a storage format can't hold, or packed data that does not fit together."""

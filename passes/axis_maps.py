@@ -85,6 +85,12 @@ def _but_last(node: Node) -> tuple[Use, ...]:
     return (Use(x, {d: d for d in range(val(x).dim() - 1)}),)
 
 
+def _dequantize(node: Node) -> tuple[Use, ...]:
+    """Rows of a quantized table: every part keeps the axes of the rows."""
+    parts = [p for p in node.args[:3] if isinstance(p, Node)]
+    return tuple(Use(p, {d: d for d in range(val(node).dim() - 1)}) for p in parts)
+
+
 def _rope(node: Node) -> tuple[Use, ...]:
     rank = val(node).dim()
     operands = (source(node, i) for i in range(3))
@@ -214,7 +220,8 @@ def axis_map(node: Node) -> tuple[Use, ...]:
 
 
 MAPS: Mapping[object, Uses] = {
-    **dict.fromkeys((ops.linear.default, ops.rms_norm.default, ops.layer_norm.default), _but_last),
+    **dict.fromkeys((ops.linear.default, ops.packed_linear.default, ops.rms_norm.default, ops.layer_norm.default), _but_last),
+    ops.dequantize.default: _dequantize,
     ops.rope.default: _rope,
     ops.gated.default: broadcast,
     **dict.fromkeys(

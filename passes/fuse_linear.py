@@ -16,10 +16,7 @@ from torch.fx import Graph, Node
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.groups import LEFT_TO_LIBRARY, Fits, Groups, Label, Library, base
-
-
-def _linears() -> tuple[object, ...]:
-    return torch.ops.llmcomp.linear.default, torch.ops.llmcomp.grouped_linear.default
+from llmcomp.products import PRODUCTS, ends_of, is_product, operand_of
 
 
 def fuse_siblings(fits: Fits, library: Library) -> Pass:
@@ -29,7 +26,7 @@ def fuse_siblings(fits: Fits, library: Library) -> Pass:
         groups = Groups(graph)
         by_operand: dict[tuple[Node, ...], list[Node]] = {}
         for node in graph.nodes:
-            if node.target not in _linears():
+            if not is_product(node):
                 continue
             if library(node):
                 node.meta["extern_reason"] = LEFT_TO_LIBRARY
@@ -42,8 +39,7 @@ def fuse_siblings(fits: Fits, library: Library) -> Pass:
 
 
 def _operand_key(node: Node) -> tuple[Node, ...]:
-    grouped = node.target is torch.ops.llmcomp.grouped_linear.default
-    return tuple(n for n in (node.args[0], node.args[2] if grouped else None) if isinstance(n, Node))
+    return tuple(n for n in (operand_of(node), ends_of(node)) if n is not None)
 
 
 def _join_siblings(groups: Groups, siblings: list[Node], fits: Fits, report: Report) -> None:
@@ -108,7 +104,7 @@ def _readers(groups: Groups, label: Label) -> list[Node]:
 
 def _free(groups: Groups, nodes: Iterable[Node]) -> set[Node]:
     """Nodes that no kernel has taken and that are no heads of kernels themselves."""
-    heads = (*_linears(), torch.ops.llmcomp.attention.default)
+    heads = (*PRODUCTS, torch.ops.llmcomp.attention.default)
     return {n for n in nodes if n.op == "call_function" and groups.label(n) is None and n.target not in heads}
 
 
@@ -137,10 +133,8 @@ def fuse_prologue(fits: Fits, rows: Callable[[Node], int], most_rows: int) -> Pa
 def _absorb(
     groups: Groups, label: Label, fits: Fits, rows: Callable[[Node], int], most_rows: int, report: Report
 ) -> None:
-    layer = next(n for n in groups.members[label] if n.target in _linears())
-    operand = layer.args[0]
-    assert isinstance(operand, Node)
-    producer = base(operand)
+    layer = next(n for n in groups.members[label] if is_product(n))
+    producer = base(operand_of(layer))
     if producer.op != "call_function" or groups.label(producer) is not None or producer in groups.inlined:
         return
     grown = [*groups.members[label], producer]

@@ -1,0 +1,55 @@
+"""Weights in a storage format, as the C++ of a Contract spells them: types of packed.h and what they are made of."""
+
+import sympy
+import torch
+
+from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
+from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
+from llmcomp.formats import Format
+
+NUMBERS = "numbers"
+"""The array that holds what 4-bit codes stand for."""
+
+
+def packing_of(kernel: Contract) -> Packing | None:
+    """How the weights of a kernel are stored, which is the same for all; None where they are dense."""
+    return kernel.sections[0].accumulators[0].weight.packing
+
+
+def weights_type(kernel: Contract, packing: Packing) -> str:
+    """The type of packed.h that holds a tile of weights."""
+    dtypes = {b.name: b.dtype for b in kernel.buffers}
+    scale = MEMORY_TYPES[torch.bfloat16 if packing.scale is None else dtypes[packing.scale]]
+    form = packing.format
+    if form.bits == 4:
+        return f"packed::Nibbles<{scale}, {form.group}, {'false' if packing.zero is None else 'true'}>"
+    codes = dtypes[kernel.sections[0].accumulators[0].weight.buffer]
+    return f"packed::Bytes<{MEMORY_TYPES[codes]}, {scale}, {form.group}>"
+
+
+def tile(section: Section, a: Accumulator, first: sympy.Expr) -> str:
+    """The initializer of a tile of weights whose first column is `first`."""
+    weight, last = a.weight, section.axes[-1].symbol
+    packing = weight.packing
+    assert packing is not None
+    row = a.row.subs(last, first)
+    step = sympy.expand(a.row.subs(last, last + 1) - a.row)
+    starts = [_at(weight.buffer, weight.offset + row * weight.row_stride)]
+    starts.append("nullptr" if packing.scale is None else _at(packing.scale, row * packing.groups))
+    strides = [index(step * weight.row_stride), index(step * packing.groups)]
+    if packing.format.bits == 8:
+        return f"{{{', '.join([*starts, *strides])}}}"
+    starts.append("nullptr" if packing.zero is None else _at(packing.zero, row * packing.groups))
+    return f"{{{', '.join([*starts, *strides, NUMBERS])}}}"
+
+
+def _at(buffer: str, offset: sympy.Expr) -> str:
+    offset = sympy.expand(offset)
+    return buffer if offset == 0 else f"{buffer} + {index(offset)}"
+
+
+def numbers(form: Format) -> str:
+    """The definition of the table of a 4-bit format."""
+    assert form.table is not None
+    values = ", ".join(f"{value!r}f" for value in form.table)
+    return f"static const float {NUMBERS}[16] = {{{values}}};"

@@ -1,0 +1,312 @@
+"""Storage formats of weights: the arithmetic of each, in torch.
+
+    format               bits   a weight is worth                    codes
+    Int8()               8      code * scale[row]                    -127 .. 127
+    Int8(group=g)        8      code * scale[row, k // g]            -127 .. 127
+    Fp8()                8      code * scale[row]                    float8_e4m3fn, up to 448
+    Int4(group=g)        4      (code - zero[row, k // g]) * scale   0 .. 15
+    Int4(symmetric=True) 4      (code - 8) * scale[row, k // g]      0 .. 15
+    Nf4(group=g)         4      TABLE[code] * scale[row, k // g]     quantiles of the normal distribution
+    Mxfp4()              4      TABLE[code] * 2 ** (scale - 127)     float4 e2m1, an exponent for every 32 weights
+
+Rows are outputs (channels) of a linear layer, k counts its inputs. Quantizing rounds to the nearest code, ties to the
+even one, against the scale as it is stored, and clips; a row or group of zeros gets codes that give zeros back.
+Codes of 4 bits are laid out as `llmcomp/nibbles.py` says.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmcomp.errors import FormatError, OptionError
+from llmcomp.nibbles import pack, unpack
+
+# QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E): quantiles of N(0, 1), zero among them, scaled to [-1, 1].
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# OCP Microscaling Formats (MX) v1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
+E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized matrix (N, K): `codes` (N, K), or (N, K / 2 rounded up to 64 bytes) uint8 for 4 bits; `scale` (N,)
+    float32, or (N, K / group) bfloat16, uint8 exponents for mxfp4; `zero` (N, K / group) uint8 where there is one.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """What all formats share. `group` neighbours along k share a scale; 0: all of a row do."""
+
+    group: int = 0
+    bits: ClassVar[int] = 8
+    stem: ClassVar[str] = ""
+    groups: ClassVar[tuple[int, ...]] = (0, *GROUPS)
+
+    def __post_init__(self) -> None:
+        if self.group not in self.groups:
+            raise OptionError(
+                f"expected a group of {type(self).__name__} to be one of {self.groups}, found {self.group!r}: pass one "
+                "of these (0: one scale for each row)"
+            )
+
+    @property
+    def table(self) -> tuple[float, ...] | None:
+        """What the 16 codes of a 4-bit format stand for, before zero and scale."""
+        return None
+
+    def __str__(self) -> str:
+        return self.stem + ("" if self.group == type(self).group else f"_g{self.group}")
+
+    def quantize(self, weight: Tensor) -> Packed:
+        """The codes of a float matrix (N, K).
+
+        Raises:
+            FormatError: it is no matrix, `group` does not divide K, or it holds NaN or infinite numbers.
+        """
+        check(weight, self)
+        return self._quantize(weight.float())
+
+    def dequantize(self, packed: Packed, columns: int, dtype: torch.dtype) -> Tensor:
+        """The matrix (..., columns) that `packed` stands for, computed in float32 and rounded once to `dtype`.
+
+        Leading dimensions are free: rows that were gathered out of a matrix are dequantized the same way.
+        """
+        return self._dequantize(packed, columns).to(dtype)
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        raise NotImplementedError
+
+    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+        raise NotImplementedError
+
+
+def check(weight: Tensor, format: Format) -> None:
+    """Refuse what `format` can't hold.
+
+    Raises:
+        FormatError: says which.
+    """
+    shape = tuple(weight.shape)
+    if weight.dim() != 2 or not weight.dtype.is_floating_point or 0 in shape:
+        raise FormatError(f"expected a float matrix to quantize, found {weight.dtype} of shape {shape}: leave it out")
+    if format.group and shape[1] % format.group:
+        raise FormatError(
+            f"expected the {shape[1]} inputs of a weight to be a multiple of the group, found a group of "
+            f"{format.group}: choose a group that divides them, or leave this weight out"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    """(N, K) as (N, groups, group)."""
+    return weight.unflatten(1, (-1, group or weight.shape[1]))
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """Scales of all-zero groups become 1: any code would do, a division by zero would not."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def _stored(scale: Tensor, group: int) -> Tensor:
+    """Scales as they are stored: (N,) float32 for rows, (N, groups) bfloat16 for groups."""
+    return scale if not group else _nonzero(scale).bfloat16()
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """Symmetric int8: scale = max |w| / 127, code = round(w / scale) in -127 .. 127."""
+
+    stem: ClassVar[str] = "int8"
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        parts = _grouped(weight, self.group)
+        scale = _stored(_nonzero(parts.abs().amax(-1) / 127), self.group)
+        codes = torch.round(parts / scale.float().unsqueeze(-1)).clamp_(-127, 127).to(torch.int8).flatten(1)
+        return Packed(codes, scale if self.group else scale.flatten())
+
+    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+        return _scaled(packed.codes.float(), packed.scale, self.group)
+
+
+@dataclass(frozen=True)
+class Fp8(Format):
+    """float8 e4m3 (no infinities): scale = max |w| / 448, code = w / scale rounded by the type."""
+
+    stem: ClassVar[str] = "fp8"
+    groups: ClassVar[tuple[int, ...]] = (0,)
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        scale = _nonzero(weight.abs().amax(1) / 448)
+        return Packed((weight / scale.unsqueeze(1)).clamp_(-448, 448).to(torch.float8_e4m3fn), scale)
+
+    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+        return packed.codes.float() * packed.scale.unsqueeze(-1)
+
+
+def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
+    """values (..., K) times the scale of their row or group."""
+    if not group:
+        return values * scale.unsqueeze(-1)
+    return (values.unflatten(-1, (-1, group)) * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Int4(Format):
+    """4-bit integers, with a zero point for each group or symmetric.
+
+    Asymmetric: scale = (max - min) / 15 over the group and zero, zero = round(-min / scale), code = round(w / scale) +
+    zero in 0 .. 15. Symmetric, as llama.cpp's Q4_0: scale = -(the weight of largest magnitude) / 8, so that weight has
+    code 0 and the scale may be negative; code = round(w / scale) + 8 in 0 .. 15.
+    """
+
+    group: int = 128
+    symmetric: bool = False
+    bits: ClassVar[int] = 4
+    stem: ClassVar[str] = "int4"
+    groups: ClassVar[tuple[int, ...]] = GROUPS
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        return tuple(float(code - 8 if self.symmetric else code) for code in range(16))
+
+    def __str__(self) -> str:
+        return super().__str__() + ("_symmetric" if self.symmetric else "")
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        parts = _grouped(weight, self.group)
+        if self.symmetric:
+            largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
+            scale, zero = _stored(largest / -8, self.group), None
+            shift = torch.full_like(scale, 8)
+        else:
+            low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+            scale = _stored((high - low) / 15, self.group)
+            shift = zero = torch.round(-low / scale.float()).clamp_(0, 15).to(torch.uint8)
+        codes = torch.round(parts / scale.float().unsqueeze(-1)) + shift.float().unsqueeze(-1)
+        return Packed(pack(codes.clamp_(0, 15).to(torch.uint8).flatten(1)), scale, zero)
+
+    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+        codes = unpack(packed.codes, columns).float().unflatten(-1, (-1, self.group))
+        zero = 8.0 if packed.zero is None else packed.zero.float().unsqueeze(-1)
+        return ((codes - zero) * packed.scale.float().unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Coded(Format):
+    """4-bit codes that stand for the numbers of a table."""
+
+    bits: ClassVar[int] = 4
+
+    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+        table = torch.tensor(self.table, device=packed.codes.device)
+        return _scaled(table[unpack(packed.codes, columns).int()], scale_of(packed.scale), self.group)
+
+    def _nearest(self, values: Tensor) -> Tensor:
+        """The codes of the numbers of the table that are nearest to `values` (ties: the even code), as uint8."""
+        assert self.table is not None
+        order = sorted(range(16), key=lambda code: (self.table[code], code))  # type: ignore[index]
+        numbers = torch.tensor([self.table[code] for code in order], device=values.device)
+        middles = (numbers[1:] + numbers[:-1]) / 2
+        low, high = torch.bucketize(values, middles), torch.bucketize(values, middles, right=True)
+        codes = torch.tensor(order, dtype=torch.uint8, device=values.device)
+        below, above = codes[low], codes[high]
+        return torch.where(below % 2 == 0, below, above)
+
+
+@dataclass(frozen=True)
+class Nf4(Coded):
+    """NormalFloat of QLoRA: scale = max |w| of the group, code = the nearest of NF4_TABLE to w / scale."""
+
+    group: int = 64
+    stem: ClassVar[str] = "nf4"
+    groups: ClassVar[tuple[int, ...]] = GROUPS
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        return NF4_TABLE
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        parts = _grouped(weight, self.group)
+        scale = _stored(parts.abs().amax(-1), self.group)
+        return Packed(pack(self._nearest(parts / scale.float().unsqueeze(-1)).flatten(1)), scale)
+
+
+@dataclass(frozen=True)
+class Mxfp4(Coded):
+    """OCP MXFP4: 32 weights share the scale 2 ** (floor(log2(max |w|)) - 2), codes are float4 e2m1, clipped at 6."""
+
+    group: int = 32
+    stem: ClassVar[str] = "mxfp4"
+    groups: ClassVar[tuple[int, ...]] = (32,)
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        return E2M1_TABLE
+
+    def _quantize(self, weight: Tensor) -> Packed:
+        parts = _grouped(weight, self.group)
+        _, exponent = torch.frexp(parts.abs().amax(-1))  # max = mantissa * 2 ** exponent, mantissa in [0.5, 1)
+        stored = (exponent - 3 + 127).clamp_(1, 254).to(torch.uint8)
+        return Packed(pack(self._nearest(parts / scale_of(stored).unsqueeze(-1)).flatten(1)), stored)
+
+
+def scale_of(stored: Tensor) -> Tensor:
+    """Stored scales as float32: uint8 is the exponent of a power of two (e8m0 of the MX formats), biased by 127."""
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    return (stored.int() << 23).view(torch.float32)
+
+
+FORMATS: tuple[type[Format], ...] = (Int8, Fp8, Int4, Nf4, Mxfp4)
+_NAME = re.compile(r"(?P<stem>[a-z0-9]+?)(?:_g(?P<group>\d+))?(?P<symmetric>_symmetric)?")
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `parse_format` accepts."""
+    every = [kind(group) for kind in FORMATS for group in kind.groups]
+    every += [Int4(group, symmetric=True) for group in Int4.groups]
+    return tuple(map(str, every))
+
+
+def parse_format(name: str) -> Format:
+    """The format of a name: "int8", "int8_g64", "fp8", "int4" (groups of 128), "int4_g32_symmetric", "nf4", "mxfp4".
+
+    Raises:
+        OptionError: no format has this name; lists those that exist.
+    """
+    found = _NAME.fullmatch(name)
+    kind = next((k for k in FORMATS if found and k.stem == found["stem"]), None)
+    if found is None or kind is None or (found["symmetric"] and kind is not Int4):
+        raise OptionError(f"expected the name of a weight format, found {name!r}: the names are {', '.join(names())}")
+    chosen: dict[str, int | bool] = {} if found["group"] is None else {"group": int(found["group"])}
+    if found["symmetric"]:
+        chosen["symmetric"] = True
+    assert set(chosen) <= {f.name for f in fields(kind)}
+    return kind(**chosen)
+
+
+def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
+    """Bits that a weight of a matrix (N, K) takes in memory, scales and zero points among them."""
+    rows, columns = shape
+    padded = columns if format.bits == 8 else math.ceil(columns / 128) * 128
+    scales = 1 if not format.group else columns // format.group
+    per_scale = 32 if not format.group else 8 if isinstance(format, Mxfp4) else 16
+    if isinstance(format, Int4) and not format.symmetric:
+        per_scale += 8
+    return (padded * format.bits + scales * per_scale) / columns

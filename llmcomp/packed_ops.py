@@ -1,0 +1,43 @@
+"""Operators on weights in a storage format (llmcomp/formats.py): `llmcomp::dequantize` and `llmcomp::packed_linear`.
+
+`format` is the name of a format. Importing this module registers the operators, as importing `llmcomp.ops` does for
+the others.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from llmcomp.formats import Packed, parse_format
+
+
+@custom_op("llmcomp::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The matrix (..., columns) of `dtype` that a quantized one stands for, or some of its rows."""
+    return parse_format(format).dequantize(Packed(codes, scale, zero), columns, dtype)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
+
+
+@custom_op("llmcomp::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, format: str
+) -> Tensor:
+    """x (..., K) times a quantized weight (N, K), plus bias (N,): (..., N), contiguous, dtype of x.
+
+    The product is accumulated in float32; the weight is not rounded to the dtype of x.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = parse_format(format).dequantize(Packed(codes, scale, zero), x.shape[-1], wide)
+    product = torch.nn.functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
+    return product.to(x.dtype).contiguous()
+
+
+@packed_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, format: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])

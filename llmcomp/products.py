@@ -1,0 +1,44 @@
+"""The operators that multiply an operand with matrices of weights, and where their arguments stand.
+
+    linear(x, weight, bias, kn)
+    grouped_linear(x, weight, ends, kn)
+    packed_linear(x, codes, scale, zero, bias, format)
+"""
+
+import torch
+from torch.fx import Node
+
+import llmcomp.ops
+import llmcomp.packed_ops  # noqa: F401  (both register operators)
+
+LINEAR = torch.ops.llmcomp.linear.default
+GROUPED = torch.ops.llmcomp.grouped_linear.default
+PACKED = torch.ops.llmcomp.packed_linear.default
+PRODUCTS = (LINEAR, GROUPED, PACKED)
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node multiplies an operand with a matrix of weights, or with one of several."""
+    return node.target in PRODUCTS
+
+
+def operand_of(node: Node) -> Node:
+    """What is multiplied with the weights: (..., K)."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    return operand
+
+
+def ends_of(node: Node) -> Node | None:
+    """The table that says which rows of the operand meet which matrix, of a grouped product."""
+    ends = node.args[2] if node.target is GROUPED else None
+    assert ends is None or isinstance(ends, Node)
+    return ends
+
+
+def bias_of(node: Node) -> Node | None:
+    """The vector that is added to every row, if any."""
+    at = {LINEAR: 2, PACKED: 4}.get(node.target)
+    bias = None if at is None else node.args[at]
+    assert bias is None or isinstance(bias, Node)
+    return bias

@@ -1,0 +1,203 @@
+"""A quantized weight: a tensor subclass that owns packed data and takes part in eager code like the float it stands for.
+
+    weight = QuantizedTensor.quantize(linear.weight, Int4())      # (N, K), reports the dtype of the float weight
+    torch.nn.functional.linear(x, weight)                         # eager: dequantized for the length of the call
+    torch.compile(...)                                            # AOTAutograd hands codes and scales to the backend
+
+There is one store and no second copy to go stale: `state_dict`, `.to()`, `copy.deepcopy` and pickling move the packed
+parts, and `copy_` (so `load_state_dict`) quantizes what it is given.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from llmcomp.formats import Format, Packed, parse_format
+
+aten = torch.ops.aten
+PARTS = ("codes", "scale", "zero")
+
+
+class QuantizedTensor(Tensor):
+    """A matrix (N, K) in a storage format; `transposed`: the (K, N) view of it, as the layers of GPT-2 keep theirs.
+
+    Attributes:
+        codes, scale, zero: the packed parts, of the matrix (N, K); see `formats.Packed`.
+        format: how they are read.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    format: Format
+    transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls, packed: Packed, format: Format, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
+    ) -> Self:
+        strides = (1, shape[0]) if transposed else (shape[1], 1)
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+            cls, tuple(shape), strides=strides, dtype=dtype, device=packed.codes.device, requires_grad=False
+        )
+
+    def __init__(
+        self, packed: Packed, format: Format, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
+    ) -> None:
+        self.codes, self.scale, self.zero = packed.codes, packed.scale, packed.zero
+        self.format, self.transposed = format, transposed
+
+    @classmethod
+    def quantize(cls, weight: Tensor, format: Format, transposed: bool = False) -> Self:
+        """Quantize a float weight (N, K), or (K, N) where `transposed`.
+
+        Raises:
+            FormatError: the weight can't be held in this format.
+        """
+        with torch.no_grad():
+            packed = format.quantize(weight.detach().t() if transposed else weight.detach())
+        return cls(packed, format, weight.shape, weight.dtype, transposed)
+
+    @property
+    def packed(self) -> Packed:
+        """The packed parts."""
+        return Packed(self.codes, self.scale, self.zero)
+
+    @property
+    def columns(self) -> int:
+        """K: what the rows of the matrix have in common."""
+        return self.shape[0 if self.transposed else 1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed parts."""
+        return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The float matrix that this stands for, in the dtype that it reports."""
+        return _dequantized(self)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    # ---- what AOTAutograd asks of a traceable wrapper ----
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype, bool]]:
+        names = [name for name in PARTS if getattr(self, name) is not None]
+        return names, (str(self.format), self.dtype, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: Mapping[str, Tensor],
+        context: tuple[str, torch.dtype, bool],
+        outer_size: Sequence[int],
+        outer_stride: Sequence[int],
+    ) -> "QuantizedTensor":
+        name, dtype, transposed = context
+        packed = Packed(parts["codes"], parts["scale"], parts.get("zero"))
+        return QuantizedTensor(packed, parse_format(name), outer_size, dtype, transposed)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if (rule := _RULES.get(func)) is not None:
+            result = rule(func, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        given = [_dequantized(a) if isinstance(a, QuantizedTensor) else a for a in args]
+        named = {k: _dequantized(v) if isinstance(v, QuantizedTensor) else v for k, v in (kwargs or {}).items()}
+        return func(*given, **named)
+
+
+def _dequantized(weight: QuantizedTensor) -> Tensor:
+    """As an operator of ours, so that a captured graph says where packed data is read."""
+    matrix: Tensor = torch.ops.llmcomp.dequantize(
+        weight.codes, weight.scale, weight.zero, str(weight.format), weight.columns, weight.dtype
+    )
+    return matrix.t() if weight.transposed else matrix
+
+
+def _on_parts(weight: QuantizedTensor, each: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+    """A weight of the same format whose parts are those of `weight` after `each`."""
+    zero = None if weight.zero is None else each(weight.zero)
+    packed = Packed(each(weight.codes), each(weight.scale), zero)
+    return QuantizedTensor(packed, weight.format, weight.shape, weight.dtype, weight.transposed)
+
+
+def _alike(func: torch._ops.OpOverload, weight: QuantizedTensor, **kwargs: Any) -> QuantizedTensor:
+    """detach, alias, clone: the same of every part."""
+    return _on_parts(weight, lambda part: func(part, **kwargs))
+
+
+def _to_copy(
+    func: torch._ops.OpOverload, weight: QuantizedTensor, *, dtype: torch.dtype | None = None, **kwargs: Any
+) -> Any:
+    """A change of device moves the parts; a change of float dtype changes what the weight stands for on reading."""
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    kwargs.pop("memory_format", None)
+    moved = _on_parts(weight, lambda part: func(part, **kwargs))
+    return QuantizedTensor(moved.packed, weight.format, weight.shape, dtype or weight.dtype, weight.transposed)
+
+
+def _transpose(func: torch._ops.OpOverload, weight: QuantizedTensor, *dims: object) -> Any:
+    if dims not in ((), (0, 1), (1, 0), ([1, 0],), (-1, -2), (-2, -1)):
+        return NotImplemented
+    shape = (weight.shape[1], weight.shape[0])
+    return QuantizedTensor(weight.packed, weight.format, shape, weight.dtype, not weight.transposed)
+
+
+def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Tensor, *rest: object) -> Any:
+    """Rows of the packed parts, dequantized: a table is never made float as a whole."""
+    if weight.transposed:
+        return NotImplemented
+    rows = [None if part is None else _rows(part, indices) for part in (weight.codes, weight.scale, weight.zero)]
+    return torch.ops.llmcomp.dequantize(*rows, str(weight.format), weight.columns, weight.dtype)
+
+
+def _rows(part: Tensor, indices: Tensor) -> Tensor:
+    return aten.index.Tensor(part, [indices])
+
+
+def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking: bool = False) -> Any:
+    """Writing to a quantized weight quantizes; from one of the same format it moves the parts."""
+    if not isinstance(weight, QuantizedTensor):
+        return NotImplemented
+    given: Packed
+    if isinstance(source, QuantizedTensor):
+        same = (source.format, source.transposed) == (weight.format, weight.transposed)
+        given = source.packed if same else _packed_of(source.dequantize(), weight)
+    else:
+        given = _packed_of(source, weight)
+    for name in PARTS:
+        if (part := getattr(weight, name)) is not None:
+            part.copy_(getattr(given, name))
+    return weight
+
+
+def _packed_of(source: Tensor, weight: QuantizedTensor) -> Packed:
+    if source.shape != weight.shape:
+        source = source.expand(weight.shape)
+    matrix = source.to(weight.codes.device)
+    return weight.format.quantize((matrix.t() if weight.transposed else matrix).to(weight.dtype))
+
+
+_RULES: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten.detach.default: _alike,
+    aten.alias.default: _alike,
+    aten.clone.default: _alike,
+    aten.empty_like.default: _alike,
+    aten._to_copy.default: _to_copy,
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _transpose,
+    aten.embedding.default: _embedding,
+    aten.copy_.default: _copy,
+}
