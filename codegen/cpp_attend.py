@@ -4,7 +4,7 @@ The exported function decides on a team; each thread takes its share of (batch, 
 part of the keys). What a kernel has of its own goes into small functions that attend.h calls in its loops.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from llmcomp.codegen.build import Source
 from llmcomp.codegen.cpp_body import Scope, Writer, checks, loop, make_scope, parameter
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, constant, index
 from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
-from llmcomp.codegen.kernel import Attend, Body, Buffer, Compute, Index, Statement, Store, Strided, inputs
+from llmcomp.codegen.kernel import Attend, Buffer, Compute, Index, Statement, Store, Strided, inputs, needed
 
 OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,7 +160,7 @@ class _Printer:
         k, v = self.kernel, self.names
         if k.visible is None:
             return "attend::Plain()"
-        j, body = k.keys.symbol, _used(k.score, k.visible)
+        j, body = k.keys.symbol, needed(k.score, k.visible)
         body = (*body, Store(v.flags, j - _symbol(v.first), k.visible))
         at = [f"int64_t {a.symbol}" for a in (k.batch, k.heads, k.queries)]
         arguments = ", ".join([f"uint8_t* {v.flags}", *at, f"int64_t {v.first}", f"int64_t {v.stop}"])
@@ -213,7 +213,7 @@ def without_limits(kernel: Attend) -> Attend:
                 continue
         body.append(given)
     result = renamed.get(kernel.score_value, kernel.score_value)
-    kept = _used(body, result)
+    kept = needed(body, result)
     visible = kernel.visible if kernel.visible in {s.out for s in kept if not isinstance(s, Store)} else None
     return replace(kernel, score=kept, score_value=result, visible=visible)
 
@@ -244,14 +244,3 @@ def _implied(kernel: Attend, condition: Compute, distances: dict[str, sympy.Expr
         case "ge":
             return any(sympy.expand(start + rest - bound).is_nonnegative for start in starts)
     return False
-
-
-def _used(body: Iterable[Statement], result: str) -> Body:
-    """The statements that `result` depends on."""
-    wanted, kept = {result}, []
-    for s in reversed(tuple(body)):
-        assert not isinstance(s, Store), "a score body stores nothing"
-        if s.out in wanted:
-            wanted.update(inputs(s))
-            kept.append(s)
-    return tuple(reversed(kept))

@@ -314,6 +314,17 @@ def inputs(statement: Statement) -> Iterator[str]:
             yield from (a for a in args if isinstance(a, str))
 
 
+def needed(body: Sequence[Statement], result: str) -> Body:
+    """The statements of a body that stores nothing on which the value `result` depends."""
+    wanted, kept = {result}, []
+    for s in reversed(body):
+        assert not isinstance(s, Store), "such a body stores nothing"
+        if s.out in wanted:
+            wanted.update(inputs(s))
+            kept.append(s)
+    return tuple(reversed(kept))
+
+
 def vectors(body: Sequence[Statement], inner: sympy.Symbol, seeds: Sequence[str] = ()) -> frozenset[str]:
     """Names of the values in `body` that vary along `inner`; `seeds` vary from the start (accumulators)."""
     varying = {str(inner), *seeds}

@@ -5,7 +5,8 @@
               programs, and a second function combines the parts
 
 The keys that a tile visits come in up to three runs: those that every query of the tile sees need no mask, those
-before (sliding window) and after (causal, end of the keys) do. Tiles without a visible key are not visited.
+before (sliding window) and after (causal, end of the keys) do. Tiles without a visible key are not visited; where a
+mask hides keys (the unused end of a cache, padding), a tile first looks up which ones it sees at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from llmcomp.codegen.kernel import Attend, Axis, Strided
+from llmcomp.codegen.kernel import Attend, Axis, Strided, needed
 from llmcomp.codegen.triton_body import (
     NO_DIMS,
     Dim,
@@ -47,6 +48,8 @@ from llmcomp.codegen.triton_file import (
 DECODE_ROWS = 32
 MINIMUM_DOT = 16
 M, N = frozenset({"m"}), frozenset({"n"})
+# Keys that are looked up in a mask at a time, where it is the same for all rows of a tile.
+LOOK = 1024
 
 
 def render_attend(kernel: Attend) -> str:
@@ -139,7 +142,7 @@ def _to(s: Strided, other: Strided, kernel: Attend) -> str:
     return "" if have == want or have == torch.float32 else ".to(tl.float32)"
 
 
-def _print_range(w: Writer, kernel: Attend) -> None:
+def _print_range(w: Writer, kernel: Attend, grouped: bool) -> None:
     """`first` and `last`: the keys that some query of the tile sees."""
     i, start, end = kernel.queries.symbol, kernel.key_start, kernel.key_end
     if start != 0:
@@ -149,6 +152,39 @@ def _print_range(w: Writer, kernel: Attend) -> None:
     last = f"tl.minimum(tl.max(key_end), {indexed(kernel.keys.size)})" if end.has(i) else "key_end"
     whole = start == 0 and end == kernel.keys.size
     w.line(f"last = {last if whole else f'tl.maximum({last}, first)'}")
+    if kernel.visible is not None:
+        _print_narrowing(w, kernel, kernel.visible, grouped)
+
+
+def _print_narrowing(w: Writer, kernel: Attend, visible: str, grouped: bool) -> None:
+    """Move `first` and `last` to the keys that the mask leaves to some query of the tile, from both ends at once."""
+    tile = _tile(kernel, grouped)
+    statements(needed(kernel.score, visible), tile)
+    by_row = "m" in tile.values[visible].dims
+    span = "BLOCK_N" if by_row else str(LOOK)
+    rows = "row_inside & " if by_row else ""
+    w.line("# keys before the first and behind the last that the mask shows are not visited")
+    w.line("ahead, low = tl.full([], first, INDEX), tl.full([], last, INDEX)")
+    w.line("behind, high = low, ahead")
+    with w.block("while ((low >= last) | (high <= first)) & (ahead < last)"):
+        for end, start in (("low", "ahead"), ("high", "tl.maximum(behind - SPAN, first)".replace("SPAN", span))):
+            _print_look(w, kernel, visible, grouped, span, start)
+            w.line(f"{end}_key = {spell(str(kernel.keys.symbol))}")
+            w.line(f"{end}_seen = {rows}col_inside & {spell(visible)}")
+        w.line("low = tl.minimum(low, tl.min(tl.where(low_seen, low_key, last)))")
+        w.line("high = tl.maximum(high, tl.max(tl.where(high_seen, high_key + 1, first)))")
+        w.line(f"ahead += {span}")
+        w.line(f"behind -= {span}")
+    w.line("first, last = low, tl.maximum(low, high)")
+
+
+def _print_look(w: Writer, kernel: Attend, visible: str, grouped: bool, span: str, start: str) -> None:
+    """What the mask says of `span` keys from `start` on."""
+    tile, j = _tile(kernel, grouped), spell(str(kernel.keys.symbol))
+    tile = replace(tile, dims=(tile.dim("m"), replace(tile.dim("n"), block=span)))
+    w.line(f"{j} = {start} + tl.arange(0, {span})[None, :]")
+    w.line(f"col_inside = {j} < last")
+    w.lines(statements(needed(kernel.score, visible), tile))
 
 
 def _print_state(w: Writer, kernel: Attend) -> None:
@@ -244,7 +280,7 @@ def _print_prefill(w: Writer, kernel: Attend) -> None:
         shared = FloorDiv(h, kernel.group) if kernel.group > 1 else h
         w.line(f"k_head = {_head(kernel.k, b, shared)}")
         w.line(f"v_head = {_head(kernel.v, b, shared)}")
-        _print_range(w, kernel)
+        _print_range(w, kernel, grouped=False)
         if kernel.sinks:
             w.line(f"sink = tl.load({spell(kernel.sinks)} + {spell(str(h))}).to(tl.float32)")
         _print_state(w, kernel)
@@ -278,7 +314,7 @@ def _print_decode(w: Writer, kernel: Attend) -> None:
         _print_query(w, kernel, b, h)
         w.line(f"k_head = {_head(kernel.k, b, shared.symbol)}")
         w.line(f"v_head = {_head(kernel.v, b, shared.symbol)}")
-        _print_range(w, kernel)
+        _print_range(w, kernel, grouped=True)
         w.line("part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N")
         w.line("first = first + split * part")
         w.line("last = tl.maximum(tl.minimum(first + part, last), first)")

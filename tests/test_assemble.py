@@ -82,6 +82,15 @@ def test_attend(capability: int, dim: int) -> None:
     assert found[0].widest_load == 16
 
 
+@assembled
+@pytest.mark.parametrize("capability,sizes", [(80, (1, 4096)), (90, (1, 4096)), (90, (512, 512))])
+def test_attend_that_looks_its_keys_up(capability: int, sizes: tuple[int, ...]) -> None:
+    case = test_triton_attend.Case(1, 1, heads=32, kv_heads=8, dim=64, dtype=BF16, mask="bool")
+    kernel = test_triton_attend.attend(case)
+    assert kernel.visible is not None
+    assert assemblies(kernel, sizes, capability)[0].widest_load == 16
+
+
 SPILLING = """\
 import triton
 import triton.language as tl

@@ -138,6 +138,7 @@ def attend(case: Case) -> Attend:
         start,
         end,
         "sinks_ptr" if case.sinks else None,
+        "mask" if case.mask == "bool" else None,
     )
 
 
@@ -273,6 +274,43 @@ def test_every_configuration_gives_the_same(case: Case) -> None:
         check(case, config)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which keys a mask shows: [first, last), to some queries fewer."""
+
+    case: Case
+    first: int
+    last: int
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Seen(Case(1, 2500, causal=False), 0, 1),
+        Seen(Case(1, 2500, heads=4), 2000, 2300),
+        Seen(Case(1, 300, kv_heads=1, symbolic=False), 150, 200),
+        Seen(Case(3, 400, heads=4), 130, 390),
+        Seen(Case(40, 300, causal=False), 10, 70),
+        Seen(Case(40, 300, window=30), 0, 290),
+        Seen(Case(1, 200, sinks=True), 100, 100),
+    ],
+)
+def test_keys_that_a_mask_hides_are_not_read(seen: Seen) -> None:
+    case = replace(seen.case, mask="bool")
+    q, k, v, mask, *sinks = operands(case)
+    i, j = torch.arange(case.queries)[:, None], torch.arange(case.keys)
+    mask[:] = (j >= seen.first) & (j < seen.last) & ((i + j) % 7 != 3)
+    mask[:, 0, seen.first : seen.last] = mask[:, -1, max(seen.last - 1, seen.first) : seen.last] = True
+    clean = [q, k, v, mask, *sinks]
+    hidden = ~mask.any(1)[0]
+    exact = reference(case, clean)
+    k, v = (t.masked_fill((hidden & ((j < seen.first) | (j >= seen.last)))[:, None], float("nan")) for t in (k, v))
+    out = torch.full((case.batch, case.queries, case.heads, case.values), 9.0)
+    run(attend(case), [q, k, v, mask, *sinks, out], [case.queries, case.keys] if case.symbolic else [])
+    assert_equal_float32(out, exact.float())
+
+
 @interpreted
 def test_the_context_is_split() -> None:
     """Many parts for a long context and few heads; the empty parts of a window do no harm."""
@@ -334,6 +372,25 @@ def attention_prefill(
     key_end = tl.minimum(i - s0 + s1 + 1, s1)
     first = 0
     last = tl.maximum(tl.minimum(tl.max(key_end), s1), first)
+    # keys before the first and behind the last that the mask shows are not visited
+    ahead, low = tl.full([], first, INDEX), tl.full([], last, INDEX)
+    behind, high = low, ahead
+    while ((low >= last) | (high <= first)) & (ahead < last):
+        j = ahead + tl.arange(0, BLOCK_N)[None, :]
+        col_inside = j < last
+        mask = tl.load(mask_ptr + b * s0 * s1 + i * s1 + j, mask=row_inside & col_inside)
+        low_key = j
+        low_seen = row_inside & col_inside & mask
+        j = tl.maximum(behind - BLOCK_N, first) + tl.arange(0, BLOCK_N)[None, :]
+        col_inside = j < last
+        mask = tl.load(mask_ptr + b * s0 * s1 + i * s1 + j, mask=row_inside & col_inside)
+        high_key = j
+        high_seen = row_inside & col_inside & mask
+        low = tl.minimum(low, tl.min(tl.where(low_seen, low_key, last)))
+        high = tl.maximum(high, tl.max(tl.where(high_seen, high_key + 1, first)))
+        ahead += BLOCK_N
+        behind -= BLOCK_N
+    first, last = low, tl.maximum(low, high)
     peak = tl.full([BLOCK_M, 1], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M, 1], tl.float32)
     output = tl.zeros([BLOCK_M, 64], tl.float32)
@@ -411,6 +468,25 @@ def attention_decode(
     key_end = tl.minimum(i - s0 + s1 + 1, s1)
     first = 0
     last = tl.maximum(tl.minimum(tl.max(key_end), s1), first)
+    # keys before the first and behind the last that the mask shows are not visited
+    ahead, low = tl.full([], first, INDEX), tl.full([], last, INDEX)
+    behind, high = low, ahead
+    while ((low >= last) | (high <= first)) & (ahead < last):
+        j = ahead + tl.arange(0, BLOCK_N)[None, :]
+        col_inside = j < last
+        mask = tl.load(mask_ptr + b * s0 * s1 + i * s1 + j, mask=row_inside & col_inside)
+        low_key = j
+        low_seen = row_inside & col_inside & mask
+        j = tl.maximum(behind - BLOCK_N, first) + tl.arange(0, BLOCK_N)[None, :]
+        col_inside = j < last
+        mask = tl.load(mask_ptr + b * s0 * s1 + i * s1 + j, mask=row_inside & col_inside)
+        high_key = j
+        high_seen = row_inside & col_inside & mask
+        low = tl.minimum(low, tl.min(tl.where(low_seen, low_key, last)))
+        high = tl.maximum(high, tl.max(tl.where(high_seen, high_key + 1, first)))
+        ahead += BLOCK_N
+        behind -= BLOCK_N
+    first, last = low, tl.maximum(low, high)
     part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
     first = first + split * part
     last = tl.maximum(tl.minimum(first + part, last), first)
