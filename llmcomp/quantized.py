@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+import llmcomp.packed_ops  # noqa: F401  (defines torch.ops.llmcomp.dequantize)
 from llmcomp.formats import Format, Packed, parse_format
 
 aten = torch.ops.aten

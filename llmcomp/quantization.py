@@ -1,0 +1,237 @@
+"""`llmcomp.quantize_`: the weights of a model become quantized ones, in place, before it is compiled.
+
+    llmcomp.quantize_(model, "int4")
+    llmcomp.quantize_(model, {"*.mlp.*": "int4_g32", "*.self_attn.*": "int8", "lm_head": None})
+    llmcomp.quantize_(model, lambda name, module: None if "router" in name else Int8())
+
+`options={"weights": "int4"}` does the same to the weights that a compiled graph reads.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from llmcomp.errors import FormatError, OptionError
+from llmcomp.formats import Format, Int8, check, parse_format
+from llmcomp.quantized import QuantizedTensor
+
+Choice = Format | str | None
+Spec = Format | str | Mapping[str, Choice] | Callable[[str, nn.Module], Choice]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one weight: `format` is None where it was left as it was, for `reason`."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize_` did, weight by weight. Prints as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def quantized(self) -> tuple[Row, ...]:
+        """The weights that are quantized now."""
+        return tuple(r for r in self.rows if r.format is not None)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The weights that were left alone, with the reason."""
+        return tuple(r for r in self.rows if r.format is None)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{r.name:40} {r.format!s:20} {r.bytes_before / 2**20:9.2f} -> {r.bytes_after / 2**20:8.2f} MiB"
+            if r.format
+            else f"{r.name:40} left alone: {r.reason}"
+            for r in self.rows
+        ]
+        before, after = (sum(getattr(r, key) for r in self.rows) for key in ("bytes_before", "bytes_after"))
+        return "\n".join([*lines, f"{'together':40} {'':20} {before / 2**20:9.2f} -> {after / 2**20:8.2f} MiB"])
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix of weights and every module that holds it: several where weights are tied."""
+
+    name: str
+    holders: tuple[nn.Module, ...]
+    weight: torch.Tensor
+    transposed: bool
+    is_head: bool
+
+
+def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool] = lambda weight: True) -> Quantization:
+    """Quantize weights of `model` in place; returns what became of each.
+
+    `spec` is a format or its name, for all linear layers (`nn.Linear`, and GPT-2's `Conv1D`); or a mapping from patterns
+    of module names (as in `fnmatch`, the first that matches counts) to formats, None to leave a weight alone; or a
+    function of (name, module). With a single format of 4 bits the head (the layer that gives logits) becomes int8.
+    Embeddings are quantized where a mapping or function names them, or where the head is tied to them: once, for both.
+    `only` narrows the weights down further. Quantized weights no longer require gradients.
+
+    Raises:
+        OptionError: an unknown format, or a pattern that no module matches.
+        FormatError: a weight holds NaN or infinity, or does not fit the format that a mapping or function chose for it;
+            with a single format, weights that do not fit are left alone and listed. The model is then as it was.
+    """
+    choose = _chooser(model, spec)
+    exact = not isinstance(spec, Format | str)
+    planned: list[tuple[Site, Format | None, str]] = []
+    for site in sites(model):
+        if not only(site.weight):
+            continue
+        form, reason = choose(site)
+        if form is not None and isinstance(site.weight, QuantizedTensor):
+            form, reason = None, f"it is {site.weight.format} already"
+        if form is not None and (problem := _problem(site, form)) is not None:
+            if exact or not isinstance(problem, _Misfit):
+                raise FormatError(f"{site.name}: {problem}")
+            form, reason = None, str(problem)
+        planned.append((site, form, reason))
+    return Quantization(tuple(_apply(*plan) for plan in planned))
+
+
+class _Misfit(FormatError):
+    """A weight of a shape or dtype that a format can't hold."""
+
+
+def _problem(site: Site, form: Format) -> FormatError | None:
+    """Why a weight can't be stored in a format, or None."""
+    matrix = site.weight.t() if site.transposed else site.weight
+    columns = matrix.shape[-1]
+    if site.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return _Misfit(f"the weight is {site.weight.dtype}")
+    if form.group and columns % form.group:
+        return _Misfit(f"a group of {form.group} does not divide its {columns} inputs: choose a smaller group")
+    try:
+        check(matrix, form)
+    except FormatError as problem:
+        return problem
+    return None
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """The matrices of linear layers and embeddings of a model, each once, in the order of its modules."""
+    head = _head(model)
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if _is_linear(module) or isinstance(module, nn.Embedding):
+            found.setdefault(id(module.weight), []).append((name, module))
+    for holders in found.values():
+        linear = [pair for pair in holders if _is_linear(pair[1])]
+        name, module = (linear or holders)[0]
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        tied = len(linear) < len(holders) and bool(linear)
+        is_head = tied or any(m is head for _, m in holders)
+        yield Site(name, tuple(m for _, m in holders), weight, _is_conv(module), is_head)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer that keeps its weight as (K, N)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv(module)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives logits, where the model says which it is."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # transformers' way of saying that there is none
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _chooser(model: nn.Module, spec: Spec) -> Callable[[Site], tuple[Format | None, str]]:
+    """What decides the format of a weight: (format, "") or (None, why not).
+
+    Raises:
+        OptionError: see `quantize_`.
+    """
+    if isinstance(spec, Format | str):
+        form = _format(spec)
+        assert form is not None
+        return lambda site: _of_one(site, form)
+    if isinstance(spec, Mapping):
+        patterns = [(pattern, _format(choice)) for pattern, choice in spec.items()]
+        _require_matches(model, [pattern for pattern, _ in patterns])
+        return lambda site: _of_patterns(model, site, patterns)
+    if callable(spec):
+        return lambda site: _of_function(model, site, spec)
+    raise OptionError(
+        f"expected a format, a mapping from patterns of module names to formats or a function, found {spec!r}: "
+        'pass "int4", for example'
+    )
+
+
+def _format(choice: Choice) -> Format | None:
+    if choice is None or isinstance(choice, Format):
+        return choice
+    if isinstance(choice, str):
+        return parse_format(choice)
+    raise OptionError(f"expected a format, the name of one or None, found {choice!r}: pass 'int8', for example")
+
+
+def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
+    if not any(map(_is_linear, site.holders)):
+        return None, "it is an embedding"
+    return (Int8() if site.is_head and form.bits == 4 else form), ""
+
+
+def _names(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
+    """Every name of a weight's modules; the weight itself may be named too."""
+    return [(name, m) for name, m in model.named_modules() if any(m is holder for holder in site.holders)]
+
+
+def _of_patterns(
+    model: nn.Module, site: Site, patterns: Sequence[tuple[str, Format | None]]
+) -> tuple[Format | None, str]:
+    for pattern, form in patterns:
+        if any(fnmatchcase(name, pattern) for name, _ in _names(model, site)):
+            return form, "" if form else f"{pattern!r} leaves it alone"
+    return None, "no pattern matches it"
+
+
+def _of_function(
+    model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]
+) -> tuple[Format | None, str]:
+    chosen = (_format(choose(name, module)) for name, module in _names(model, site))
+    form = next((c for c in chosen if c is not None), None)
+    return form, "" if form else "the function leaves it alone"
+
+
+def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for site in sites(model) for name, _ in _names(model, site)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(
+                f"expected every pattern to match a linear layer or an embedding, found {pattern!r}, which matches "
+                f"none: the names are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+
+
+def _apply(site: Site, form: Format | None, reason: str) -> Row:
+    before = site.weight.nbytes
+    if form is None:
+        return Row(site.name, tuple(site.weight.shape), None, reason, before, before)
+    quantized = QuantizedTensor.quantize(site.weight, form, site.transposed)
+    parameter = nn.Parameter(quantized, requires_grad=False)
+    for module in site.holders:
+        module.weight = parameter
+    return Row(site.name, tuple(quantized.shape), form, "", before, quantized.nbytes)
