@@ -64,7 +64,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "trunc": {"float": "prelude.trunc({0})", "int": "{0}", "bool": "{0}"},
     "round_even": {"float": "prelude.round_even({0})", "int": "{0}", "bool": "{0}"},
     "logical_not": "{0} == 0",
-    "bitwise_not": {"int": "~{0}", "bool": "{0} == 0"},
+    "bitwise_not": {"int": "prelude.bitwise_not({0})", "bool": "{0} == 0"},
     "isnan": {"float": "{0} != {0}", "int": "{0} != {0}", "bool": "{0} != {0}"},
     "isinf": {"float": 'tl.abs({0}) == float("inf")', "int": "{0} != {0}", "bool": "{0} != {0}"},
     "add": {"float": "{0} + {1}", "int": "{0} + {1}", "bool": "{0} | {1}"},

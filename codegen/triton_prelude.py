@@ -280,6 +280,15 @@ def remainder(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 
 @device
+def bitwise_not(x: tl.tensor) -> tl.tensor:
+    """~x. For uint8 the interpreter of Triton 3.6 has no ~."""
+    if x.dtype == tl.uint8:
+        return x ^ 255
+    else:
+        return ~x
+
+
+@device
 def shift_left(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     """x << y; 0 where `y` is no bit of `x`."""
     inside = (y >= 0) & (y < x.dtype.primitive_bitwidth)

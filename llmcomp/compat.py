@@ -8,6 +8,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ SUPPORTED = "2.11 to 2.15"
 
 # `keep_whole` edits the kernel tables of torch operators, which all threads of the process share.
 _keeping = threading.RLock()
+_apart = count()
 
 
 class CompatError(LlmcompError):
@@ -205,12 +207,15 @@ def _context_of(compiled: Any) -> object:
 
 
 def compile_apart(fn: Callable[..., Any], backend: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`torch.compile(fn)` with a limit of graphs of its own: Dynamo counts them by code object."""
+    """`torch.compile(fn)` with a limit of graphs and a memory of sizes of its own.
+
+    Dynamo counts graphs by code object, and what sizes it has seen by name, line and (since torch 2.13) closure.
+    """
 
     def call(*args: Any, **keywords: Any) -> Any:
         return fn(*args, **keywords)
 
-    call.__code__ = call.__code__.replace()
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(_apart)}")
     compiled: Callable[..., Any] = torch.compile(call, backend=backend, **settings)
     return compiled
 

@@ -189,6 +189,22 @@ def test_a_name_that_torch_lost_gives_a_readable_error():
         compat.private("torch._no_such_module", "Name", "does nothing")
 
 
+def test_functions_compiled_apart_do_not_share_a_memory_of_sizes():
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    for n in (2, 3):  # one code object, as the steps of two models are
+        assert torch.equal(compat.compile_apart(lambda x: x + 1, backend)(torch.ones(n)), torch.full((n,), 2.0))
+    assert [[n.meta["example_value"].shape[0] for n in g.graph.nodes if n.op == "placeholder"] for g in graphs] == [
+        [2],
+        [3],
+    ]
+
+
 def test_two_threads_that_keep_operators_take_turns():
     inside, most = [], []
 
