@@ -6,7 +6,8 @@
 
 Both: the sections of columns are ranges of program numbers. The prologue is computed again by every program
 (a row is small and lies in L2). Experts: a second grid dimension, whose programs walk the rows of their
-expert. A section with a reduction along its last axis (a norm within a head) gives a program that axis whole.
+expert, the last ones the rows behind those of all experts, whose products are zeros. A section with a reduction
+along its last axis (a norm within a head) gives a program that axis whole.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -212,6 +213,10 @@ def _even(kernel: Contract) -> bool:
     return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
 
 
+def _factor(expr: sympy.Expr) -> str:
+    return indexed(expr) if expr.is_Integer or expr.is_Symbol else f"({indexed(expr)})"
+
+
 @contextmanager
 def _rows(w: Writer, kernel: Contract) -> Iterator[None]:
     """Print which rows a program computes; what is written inside runs for them."""
@@ -221,7 +226,9 @@ def _rows(w: Writer, kernel: Contract) -> Iterator[None]:
         w.line("program = tl.program_id(0)")
         w.line("expert = tl.program_id(1)")
         w.line(f"first_row = tl.load({ends} + expert - 1, mask=expert > 0, other=0)")
-        w.line(f"end_row = tl.load({ends} + expert)")
+        experts = _factor(kernel.expert_count)
+        w.line(f"end_row = tl.load({ends} + expert, mask=expert < {experts}, other={rows})")
+        w.line(f"depth_end = tl.where(expert < {experts}, {indexed(kernel.depth.size)}, 0)  # nobody's rows give zeros")
         with w.block("for start_row in range(first_row, end_row, BLOCK_M)"):
             w.line(f"{m} = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)")
             w.line(f"row_inside = {m} < end_row")
@@ -297,7 +304,8 @@ def _print_section(
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, BLOCK_K]" if form == "gemv" else f"[BLOCK_M, {block}]"
         w.line(f"{spell(a.name)} = tl.zeros({shape}, tl.float32)")
-    with w.block(f"for start in range(0, {indexed(kernel.depth.size)}, BLOCK_K)"):
+    depth = indexed(kernel.depth.size) if kernel.experts is None else "depth_end"
+    with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
         inside = epilogue.dim("n").inside
         (_print_gemv if form == "gemv" else _print_dot)(w, kernel, section, inside, tile)
     for a in section.accumulators:
@@ -465,7 +473,7 @@ def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
         w.line('BLOCK_N = config["BLOCK_N"]')
         w.line(f"programs = {' + '.join(programs(s, 'BLOCK_N', host_text) for s in kernel.sections)}")
         if kernel.experts is not None:
-            w.line("grid = (programs, shape.experts)")
+            w.line("grid = (programs, shape.experts + 1)")
         elif kernel.rows.size == 1:
             w.line("grid = (programs,)")
         else:

@@ -333,16 +333,18 @@ def experts(rows: Size, count: int, k: int, n: int, dtype: torch.dtype, kn: bool
 @pytest.mark.parametrize("counts", [(1, 0, 1, 0, 0), (0, 9, 30, 2, 1), (0, 0, 0, 0, 0), (5, 5, 5, 5, 5)])
 def test_experts(kn: bool, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     k, n, rows = 64, 40, sum(counts)
-    x = torch.randn(rows, k).to(dtype)
+    beyond = 3  # rows of no expert
+    x = torch.randn(rows + beyond, k).to(dtype)
     weight = (torch.randn(5, *((k, n) if kn else (n, k))) / k**0.5).to(dtype)
     ends = torch.tensor(counts).cumsum(0).int()
-    out = torch.zeros(rows, n, dtype=dtype)
-    run(experts(S0, 5, k, n, dtype, kn), [x, weight, ends, out], [rows])
+    out = torch.full((rows + beyond, n), 9.0, dtype=dtype)
+    run(experts(S0, 5, k, n, dtype, kn), [x, weight, ends, out], [rows + beyond])
     parts = [
-        part.double() @ (w.double() if kn else w.double().t()) for part, w in zip(x.split(counts), weight, strict=True)
+        part.double() @ (w.double() if kn else w.double().t()) for part, w in zip(x[:rows].split(counts), weight, strict=True)
     ]
+    assert not out[rows:].any()
     if rows:
-        close(out, torch.cat(parts))
+        close(out[:rows], torch.cat(parts))
 
 
 # ---- text -------------------------------------------------------------------------------------------------
