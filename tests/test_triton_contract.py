@@ -339,9 +339,8 @@ def test_experts(kn: bool, dtype: torch.dtype, counts: tuple[int, ...]) -> None:
     ends = torch.tensor(counts).cumsum(0).int()
     out = torch.full((rows + beyond, n), 9.0, dtype=dtype)
     run(experts(S0, 5, k, n, dtype, kn), [x, weight, ends, out], [rows + beyond])
-    parts = [
-        part.double() @ (w.double() if kn else w.double().t()) for part, w in zip(x[:rows].split(counts), weight, strict=True)
-    ]
+    given = zip(x[:rows].split(counts), weight, strict=True)
+    parts = [part.double() @ (w.double() if kn else w.double().t()) for part, w in given]
     assert not out[rows:].any()
     if rows:
         close(out[:rows], torch.cat(parts))
@@ -636,14 +635,15 @@ def experts_gemv(
     program = tl.program_id(0)
     expert = tl.program_id(1)
     first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end_row = tl.load(ends_ptr + expert)
+    end_row = tl.load(ends_ptr + expert, mask=expert < 8, other=s0)
+    depth_end = tl.where(expert < 8, 128, 0)  # nobody's rows give zeros
     for start_row in range(first_row, end_row, BLOCK_M):
         m = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)
         row_inside = m < end_row
         column = (program * BLOCK_N).to(INDEX) + tl.arange(0, BLOCK_N)[None, :]
         acc_rows = weight_ptr + expert.to(tl.int64) * 32768 + column
         acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, 128, BLOCK_K):
+        for start in range(0, depth_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)[None, :]
             acc_weight = tl.load(acc_rows[:, :, None] + k[:, None, :] * 256, eviction_policy="evict_first")
             x = tl.load(x_ptr + m * 128 + k, mask=row_inside).to(tl.float32)
@@ -670,14 +670,15 @@ def experts_dot(
     program = tl.program_id(0)
     expert = tl.program_id(1)
     first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end_row = tl.load(ends_ptr + expert)
+    end_row = tl.load(ends_ptr + expert, mask=expert < 8, other=s0)
+    depth_end = tl.where(expert < 8, 128, 0)  # nobody's rows give zeros
     for start_row in range(first_row, end_row, BLOCK_M):
         m = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)
         row_inside = m < end_row
         column = (program * BLOCK_N).to(INDEX) + tl.arange(0, BLOCK_N)[None, :]
         acc_rows = weight_ptr + expert.to(tl.int64) * 32768 + column
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, 128, BLOCK_K):
+        for start in range(0, depth_end, BLOCK_K):
             depth = start + tl.arange(0, BLOCK_K)
             k = depth[None, :]
             x = tl.load(x_ptr + m * 128 + k, mask=row_inside)
@@ -716,7 +717,7 @@ def launch(buffers, sizes, config=None, status=None):
     config = config or default(sizes)
     BLOCK_N = config["BLOCK_N"]
     programs = (256 + BLOCK_N - 1) // BLOCK_N
-    grid = (programs, shape.experts)
+    grid = (programs, shape.experts + 1)
     kernel = experts_gemv if config.form == "gemv" else experts_dot
     return [kernel[grid](
         *buffers, *sizes, INDEX=launches.index_type(buffers, shape.rows), **config.options()
