@@ -103,9 +103,12 @@ INLINE void put(bf16* to, Vec v) {
 }
 #endif
 
-// Scores of a block of keys -> their weights, not yet divided by the sum. `size` is a multiple of W.
-template <typename P>
-INLINE void weigh(Row& row, float* scores, P* weights, int64_t size, float* total, int64_t channels) {
+// Scores of a block of keys -> their weights, not yet divided by the sum. `size` is a multiple of W. What is written is
+// multiplied by `factors`, the scales of the values, where SCALED.
+template <bool SCALED, typename P>
+INLINE void weigh(
+    Row& row, float* scores, P* weights, int64_t size, float* total, int64_t channels, const float* factors
+) {
     Vec best = splat(-op::inff);
     for (int64_t j = 0; j < size; j += W) best = maximum(load<Vec>(scores + j), best);
     raise(row, highest(best), total, channels);
@@ -114,19 +117,27 @@ INLINE void weigh(Row& row, float* scores, P* weights, int64_t size, float* tota
     for (int64_t j = 0; j < size; j += W) {
         const Vec e = exp_negative(load<Vec>(scores + j) - base);
         sum += e;
-        put(weights + j, e);
+        if constexpr (SCALED) put(weights + j, e * load<Vec>(factors + j));
+        else put(weights + j, e);
     }
     row.sum += micro::sum(sum);
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
-// T: of q, k and v. GROUP query heads read one head of keys. DIRECT: channels of k and v are neighbours in memory.
-template <typename T, typename Out, int64_t GROUP, int64_t D, int64_t DV, bool DIRECT>
+template <typename A, typename B>
+constexpr bool same = false;
+template <typename A>
+constexpr bool same<A, A> = true;
+
+// T: of q. KV: of k and v, T or a type of codes, of which each key and each value has a scale. GROUP query heads read
+// one head of keys. DIRECT: channels of k and v are neighbours in memory.
+template <typename T, typename KV, typename Out, int64_t GROUP, int64_t D, int64_t DV, bool DIRECT>
 struct Attention {
-    typedef micro::Format<T, T> Dots;  // q . k, for few rows
-    typedef micro::ColumnFormat<T, T> F;  // both products, for many rows
+    typedef micro::Format<KV, T> Dots;  // q . k, for few rows
+    typedef micro::ColumnFormat<KV, T> F;  // both products, for many rows
     typedef typename F::Packed Packed;
+    static constexpr bool SCALED = !same<T, KV>;
 
     static constexpr int64_t ROWS = 128;  // query rows of an item
     static constexpr int64_t KEYS = 128;  // keys of a block
@@ -143,7 +154,9 @@ struct Attention {
         alignas(64) Packed keys[KEYS * Q_SIZE];
         alignas(64) Packed values[KEYS * V_SIZE];
         alignas(64) float totals[ROWS * V_SIZE];
-        alignas(64) T copy[DIRECT ? 1 : KEYS * (D > DV ? D : DV)];
+        alignas(64) float key_scales[SCALED ? KEYS : W];
+        alignas(64) float value_scales[SCALED ? KEYS : W];
+        alignas(64) KV copy[DIRECT ? 1 : KEYS * (D > DV ? D : DV)];
         Row rows[ROWS];
     };
     struct Part {
@@ -152,9 +165,11 @@ struct Attention {
     };
 
     const int64_t batch, kv_heads, queries, keys;
-    const Strided<const T> q, k, v;
+    const Strided<const T> q;
+    const Strided<const KV> k, v;
     const Strided<Out> out;
     const float scale;
+    const Strided<const float> k_scale, v_scale;
 
     // ---- how the work is cut ----
 
@@ -273,14 +288,28 @@ struct Attention {
     // Scores of one row for the keys [j, j + size) -> what the softmax takes, -inf where not visible.
     template <typename Score>
     void judge(
-        const Row& row, float* scores, int64_t size, int64_t j, int64_t b, int64_t h, int64_t i, const Score& score
+        const Scratch& s, const Row& row, float* scores, int64_t size, int64_t j, int64_t b, int64_t h, int64_t i,
+        const Score& score
     ) const {
         const int64_t first = op::clamp_index(row.first - j, size + 1), stop = op::clamp_index(row.stop - j, size + 1);
-        for (int64_t n = 0; n < size; n += W) store(scores + n, load<Vec>(scores + n) * scale);
+        for (int64_t n = 0; n < size; n += W) {
+            if constexpr (SCALED) store(scores + n, load<Vec>(scores + n) * load<Vec>(s.key_scales + n));
+            else store(scores + n, load<Vec>(scores + n) * scale);
+        }
         if constexpr (!is_plain<Score>)
             if (first < stop) score(scores + first, b, h, i, j + first, j + stop);
         for (int64_t n = 0; n < first; ++n) scores[n] = -op::inff;
         for (int64_t n = op::maximum(first, stop); n < size; ++n) scores[n] = -op::inff;
+    }
+
+    // The scales of the keys and values [j, j + size), zeros up to the next multiple of 2 W.
+    void fetch_scales(Scratch& s, int64_t b, int64_t kv, int64_t j, int64_t size) const {
+        if constexpr (SCALED) {
+            for (int64_t n = 0; n < work::round_up(size, 2 * W); ++n) {
+                s.key_scales[n] = n < size ? *k_scale.at(b, kv, j + n) * scale : 0.0f;
+                s.value_scales[n] = n < size ? *v_scale.at(b, kv, j + n) : 0.0f;
+            }
+        }
     }
 
     // Up to C rows: keys and values are read where they are.
@@ -288,7 +317,7 @@ struct Attention {
     void few(
         Scratch& s, int64_t b, int64_t kv, int64_t first, int64_t count, int64_t low, int64_t high, const Score& score
     ) const {
-        const T *const keys_at = k.at(b, kv, 0), *const values_at = v.at(b, kv, 0);
+        const KV *const keys_at = k.at(b, kv, 0), *const values_at = v.at(b, kv, 0);
         for (int64_t c = 0; c < C; ++c) {
             alignas(64) float line[Q_SIZE] = {};
             const T* from = query(b, kv, first + op::minimum(c, count - 1));
@@ -299,7 +328,8 @@ struct Attention {
         for (int64_t j = low; j < high; j += KEYS) {
             const int64_t size = op::minimum(KEYS, high - j);
             // While keys are read the values of the block are fetched, and while these are read the next keys.
-            const T *const at = keys_at + j * k.position, *const values = values_at + j * v.position;
+            const KV *const at = keys_at + j * k.position, *const values = values_at + j * v.position;
+            fetch_scales(s, b, kv, j, size);
             int64_t n = 0;
             for (; n + 4 <= size; n += 4)
                 micro::dots<Dots, 4, C>(
@@ -310,9 +340,10 @@ struct Attention {
             for (int64_t c = 0; c < count; ++c) {
                 const int64_t i = (first + c) / GROUP, h = kv * GROUP + (first + c) % GROUP;
                 float* const scores = s.scores + c * KEYS;
-                judge(s.rows[c], scores, work::round_up(size, W), j, b, h, i, score);
-                weigh(
-                    s.rows[c], scores, s.weights + c * KEYS, work::round_up(size, W), s.totals + c * V_SIZE, V_SIZE
+                judge(s, s.rows[c], scores, work::round_up(size, W), j, b, h, i, score);
+                weigh<SCALED>(
+                    s.rows[c], scores, s.weights + c * KEYS, work::round_up(size, W), s.totals + c * V_SIZE, V_SIZE,
+                    s.value_scales
                 );
             }
             add_values<C>(s, values, size, at + KEYS * k.position);
@@ -321,7 +352,7 @@ struct Attention {
 
     // totals += weights . values for C rows and `size` keys, as many channels at a time as the registers hold.
     template <int64_t C>
-    void add_values(Scratch& s, const T* at, int64_t size, const T* next_keys) const {
+    void add_values(Scratch& s, const KV* at, int64_t size, const KV* next_keys) const {
         constexpr int64_t SUMS = W == 16 ? 16 : 8, MOST = C == 1 ? 8 : SUMS / C;
         constexpr int64_t V = DV < 2 * W ? 1 : DV / W < MOST ? DV / W : MOST, WHOLE = DV / (V * W) * V * W;
         const auto next = [&](int64_t key) { return key + F::GROUP <= size ? v.position : 0; };
@@ -339,11 +370,11 @@ struct Attention {
     }
 
     // A group of rows of keys into the second-level cache.
-    void fetch(const T* at) const {
+    void fetch(const KV* at) const {
 #pragma GCC unroll 2
         for (int64_t g = 0; g < F::GROUP; ++g)
 #pragma GCC unroll 8
-            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(at + g * k.position + d, 0, 2);
+            for (int64_t d = 0; d < D; d += 64 / sizeof(KV)) __builtin_prefetch(at + g * k.position + d, 0, 2);
     }
 
     // Any number of rows, R at a time against a packed block of keys and values.
@@ -359,6 +390,7 @@ struct Attention {
             const int64_t size = op::minimum(KEYS, high - j);
             pack_keys(s, k.at(b, kv, j), size);
             pack_values(s, v.at(b, kv, j), size);
+            fetch_scales(s, b, kv, j, size);
             for (int64_t r = 0; r < count; r += R) {
                 int64_t last = 0, begin = keys;
                 for (int64_t n = r; n < r + R; ++n) {
@@ -384,8 +416,10 @@ struct Attention {
         for (int64_t n = 0; n < R; ++n) {
             const int64_t row = first + r + n;
             float* const scores = s.scores + n * KEYS;
-            judge(s.rows[r + n], scores, size, j, b, kv * GROUP + row % GROUP, row / GROUP, score);
-            weigh(s.rows[r + n], scores, s.weights + n * KEYS, size, s.totals + (r + n) * V_SIZE, V_SIZE);
+            judge(s, s.rows[r + n], scores, size, j, b, kv * GROUP + row % GROUP, row / GROUP, score);
+            weigh<SCALED>(
+                s.rows[r + n], scores, s.weights + n * KEYS, size, s.totals + (r + n) * V_SIZE, V_SIZE, s.value_scales
+            );
         }
         float* const totals = s.totals + r * V_SIZE;
         int64_t c = 0;
@@ -402,7 +436,9 @@ struct Attention {
     // ---- packing ----
 
     // Rows whose channels are neighbours: where they are, or a copy.
-    const T* rows_of(Scratch& s, const T* from, int64_t channel, int64_t& position, int64_t size, int64_t width) const {
+    const KV* rows_of(
+        Scratch& s, const KV* from, int64_t channel, int64_t& position, int64_t size, int64_t width
+    ) const {
         if constexpr (DIRECT) return from;
         for (int64_t n = 0; n < size; ++n)
             for (int64_t d = 0; d < width; ++d) s.copy[n * width + d] = from[n * position + d * channel];
@@ -411,7 +447,7 @@ struct Attention {
     }
 
     // Keys as [channel / GROUP][key][GROUP]; those behind the last are zeros.
-    void pack_keys(Scratch& s, const T* from, int64_t size) const {
+    void pack_keys(Scratch& s, const KV* from, int64_t size) const {
         constexpr int64_t SPAN = W * F::GROUP;
         int64_t position = k.position;
         from = rows_of(s, from, k.channel, position, size, D);
@@ -420,7 +456,7 @@ struct Attention {
                 typename F::Lanes lanes[W];
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < W; ++i) {
-                    const T* at = from + (n + i) * position + d;
+                    const KV* at = from + (n + i) * position + d;
                     if (n + i >= size) lanes[i] = typename F::Lanes{};
                     else lanes[i] = d + SPAN <= D ? F::row(at) : F::row_part(at, D - d);
                 }
@@ -434,7 +470,7 @@ struct Attention {
     }
 
     // Values as [key / GROUP][channel][GROUP].
-    void pack_values(Scratch& s, const T* from, int64_t size) const {
+    void pack_values(Scratch& s, const KV* from, int64_t size) const {
         int64_t position = v.position;
         from = rows_of(s, from, v.channel, position, size, DV);
         micro::pack_columns<F, V_SIZE>(s.values, from, position, DV, size);

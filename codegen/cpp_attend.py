@@ -18,12 +18,14 @@ from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span,
 from llmcomp.codegen.kernel import Attend, Buffer, Compute, Index, Statement, Store, Strided, inputs, needed
 
 OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
+CODES = (torch.int8,)
 
 
 def render_attend(kernel: Attend, comment: Sequence[str] = ()) -> Source:
     """The C++ source of `kernel`; `comment` names the graph nodes that it computes.
 
-    Raises ValueError where q, k and v have different dtypes, or one that is not float32, bfloat16 or float16.
+    Raises ValueError where q, k and v have different dtypes, or one that is not float32, bfloat16 or float16, and k and
+    v do not hold codes with scales either.
     """
     return Source(kernel.name, "cpp", _Printer(without_limits(kernel)).text(), tuple(comment))
 
@@ -59,9 +61,10 @@ class _Printer:
         self.names = Locals.avoiding(names_of(kernel))
         self.dtypes = {b.name: b.dtype for b in kernel.buffers}
         self.failing = checks([kernel.score], self.scope)
-        operands = {self.dtypes[o.buffer] for o in (kernel.q, kernel.k, kernel.v)}
-        if len(operands) != 1 or not operands <= set(OPERANDS):
-            raise ValueError(f"expected q, k and v of one dtype out of {OPERANDS}, found {operands}")
+        q, *kv = (self.dtypes[o.buffer] for o in (kernel.q, kernel.k, kernel.v))
+        coded = None not in (kernel.k_scale, kernel.v_scale) and kv[0] in CODES
+        if q not in OPERANDS or kv[0] != kv[1] or not (coded or kv[0] == q):
+            raise ValueError(f"expected q, k and v of one dtype out of {OPERANDS}, found {[q, *kv]}")
 
     @cached_property
     def scope(self) -> Scope:
@@ -78,7 +81,7 @@ class _Printer:
         """The instance of attend::Attention."""
         k = self.kernel
         direct = k.k.strides[3] == 1 and k.v.strides[3] == 1
-        types = [MEMORY_TYPES[self.dtypes[o.buffer]] for o in (k.q, k.out)]
+        types = [MEMORY_TYPES[self.dtypes[o.buffer]] for o in (k.q, k.k, k.out)]
         numbers = [str(n) for n in (k.group, k.head_dim, k.value_dim)]
         return f"attend::Attention<{', '.join([*types, *numbers, 'true' if direct else 'false'])}>"
 
@@ -110,6 +113,7 @@ class _Printer:
                 w.line(f"{index(k.batch.size)}, {index(heads)}, {index(k.queries.size)}, {index(k.keys.size)},")
                 w.lines(f"{self.operand(o)}," for o in (k.q, k.k, k.v, k.out))
                 w.line(f"{constant(k.scale, torch.float32)},")
+                w.lines(f"{self.operand(o)}," for o in (k.k_scale, k.v_scale) if o is not None)
             w.printed[-1] += ";"
             arguments = f"threads, {v.attention}.items(), {v.attention}.effort()"
             w.line(f"const int64_t {v.team} = op::team({arguments});")

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from llmcomp.formats import Format
+
 Constant = float | int | bool
 Argument = str | Constant
 
@@ -156,11 +158,26 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the elements of a weight are stored: as codes of `format`, in bytes.
+
+    A format with groups has its scales in the buffer `scale` (and zero points in `zero`), `groups` of them for each
+    row of the matrix; a scale for a whole row is a matter of the epilogue. Strides of the Weight count bytes.
+    """
+
+    format: Format
+    groups: sympy.Expr = sympy.Integer(0)
+    scale: str | None = None
+    zero: str | None = None
+
+
+@dataclass(frozen=True)
 class Weight:
     """A matrix operand of a Contract: element (row, k) of expert e is at offset + e*expert_stride +
     row*row_stride + k*k_stride.
 
-    k_stride is 1 for `nn.Linear` weights (N, K) and N for GPT-2's Conv1D (K, N), where row_stride is 1.
+    k_stride is 1 for `nn.Linear` weights (N, K) and N for GPT-2's Conv1D (K, N), where row_stride is 1. A quantized
+    weight has a `packing`, and rows that lie one behind the other.
     """
 
     buffer: str
@@ -168,6 +185,7 @@ class Weight:
     k_stride: sympy.Expr
     offset: sympy.Expr = sympy.Integer(0)
     expert_stride: sympy.Expr = sympy.Integer(0)
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,8 @@ class Attend:
     per head that joins the softmax denominator (and the maximum) without a value. `visible`, where given, names
     a boolean value of the score body that does not read the score: where it is false the score is -inf, so a
     printer may evaluate it first and skip keys that nobody sees (the unused end of a static cache, padding).
+    Where k or v hold codes (int8), `k_scale` and `v_scale`, whose channels have stride 0, give one float32 for each
+    key: the score is multiplied by that of its key, the weight by that of its value.
     """
 
     name: str
@@ -260,6 +280,8 @@ class Attend:
     key_end: sympy.Expr
     sinks: str | None = None
     visible: str | None = None
+    k_scale: Strided | None = None
+    v_scale: Strided | None = None
 
 
 Kernel = Map | Rows | Contract | Attend

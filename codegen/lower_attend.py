@@ -1,6 +1,6 @@
 """Lowering of attention: strided q, k and v, and everything that happens to a score as its body."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import sympy
@@ -10,7 +10,7 @@ from torch.fx import Node
 from llmcomp.codegen import kernel as K
 from llmcomp.codegen.index import ZERO, Space, axis_symbol, size
 from llmcomp.codegen.lowered import Lowered, finish, kernel_name, members
-from llmcomp.codegen.pull import Puller, broadcast, fake
+from llmcomp.codegen.pull import NARROW_FLOATS, Puller, broadcast, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.codegen.rules_reduce import argument
 from llmcomp.codegen.rules_view import _extent
@@ -34,7 +34,9 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
     group = hint(fake(q).shape[1]) // hint(fake(k).shape[1])
     space = Space({a.symbol: a.size for a in (batch, heads, queries, keys)})
     p = Puller(space, members(region, inlined).__contains__, rules())
-    q_at, k_at, v_at = (_strided(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v")))
+    (q_at, _), (k_at, k_scale), (v_at, v_scale) = (_operand(p, n, stem) for n, stem in ((q, "q"), (k, "k"), (v, "v")))
+    if (k_scale is None) != (v_scale is None) or _dtype(p, k_at) != _dtype(p, v_at):
+        raise Unfit("one of keys and values is quantized")
     score = _score(p, node, (b, h, i, j), queries, keys)
     sinks = argument(node, "sinks")
     sink_buffer = p.buffer(sinks, "sinks").name if isinstance(sinks, Node) else None
@@ -50,20 +52,48 @@ def lower_attend(region: Region, inlined: Set[Node]) -> Lowered:
             hint(fake(q).shape[3]), hint(fake(v).shape[3]), q_at, k_at, v_at, destination,
             float(argument(node, "scale")),  # type: ignore[arg-type]
             tuple(p.statements), score.value, score.key_start, score.key_end, sink_buffer, score.visible,
+            k_scale, v_scale,
         ),
     )  # fmt: skip
 
 
-def _strided(p: Puller, node: Node, stem: str) -> K.Strided:
-    """An operand in memory, seen through whatever views lie before it."""
+def _dtype(p: Puller, operand: K.Strided) -> torch.dtype:
+    return next(b.dtype for b in p.buffers.values() if b.name == operand.buffer)
+
+
+def _operand(p: Puller, node: Node, stem: str) -> tuple[K.Strided, K.Strided | None]:
+    """An operand in memory, seen through whatever views lie before it, and the scales of its rows if it has them."""
     symbols = [axis_symbol(f"{stem}_{n}") for n in range(4)]
     extents = {s: size(n) for s, n in zip(symbols, fake(node).shape, strict=True)}
     probe = Puller(Space(extents), p.inside, rules())
     probe.buffers, probe._names = p.buffers, p._names
     index = tuple(ZERO if n == 1 else s for s, n in zip(symbols, fake(node).shape, strict=True))
     probe.at(node, index, stem)
-    if len(probe.statements) != 1 or not isinstance(load := probe.statements[0], K.Load):
+    loads = [s for s in probe.statements if isinstance(s, K.Load)]
+    if not _is_read(probe.statements, loads):
         raise Unfit(f"{node.name} is computed by attention")
+    places = [_strided(load, symbols, node) for load in loads]
+    if len(places) == 2 and places[1].strides[3] != 0:
+        raise Unfit(f"{node.name} has a scale for each channel")
+    return places[0], places[1] if len(places) == 2 else None
+
+
+def _is_read(body: Sequence[K.Statement], loads: Sequence[K.Load]) -> bool:
+    """Whether an element is one that lies in memory, or a code times its scale."""
+    if len(body) == 1:
+        return len(loads) == 1
+    steps = {s.out: s for s in body if isinstance(s, K.Compute)}
+    product = next((s for s in steps.values() if s.op == "mul"), None)
+    if product is None or len(loads) != 2 or len(loads) + len(steps) != len(body):
+        return False
+    codes, scale = loads
+    rest = {s.op for s in steps.values()} - {"mul"}
+    read = {steps[a].args[0] if a in steps else a for a in product.args if isinstance(a, str)}
+    return read == {codes.out, scale.out} and rest <= {"convert", *NARROW_FLOATS.values()}
+
+
+def _strided(load: K.Load, symbols: Sequence[sympy.Symbol], node: Node) -> K.Strided:
+    """Where the elements of an operand lie."""
     strides = tuple(load.index.coeff(s) for s in symbols)
     offset = sympy.expand(load.index - sympy.Add(*(c * s for c, s in zip(strides, symbols, strict=True))))
     if offset.has(*symbols):

@@ -155,6 +155,29 @@ INLINE Vec widen(const f16* p) {
 }
 #endif
 
+typedef int8_t Bytes __attribute__((vector_size(W)));
+typedef int32_t Integers __attribute__((vector_size(4 * W)));
+
+INLINE Vec widen(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Integers), Vec);
+}
+
+// An e4m3 is half of a f16 whose exponent is 8 less; not for NaN.
+INLINE Vec widen(const e4m3* p) {
+#if defined(__F16C__)
+    typedef int16_t Signed __attribute__((vector_size(2 * W)));
+    const Signed extended = __builtin_convertvector(load<Bytes>(p), Signed);
+    Vec v;
+    const Halves h = (Halves)(extended << 7) & 0xbfff;
+    __asm__("vcvtph2ps %1, %0" : "=v"(v) : "v"(h));
+    return v * 256.0f;
+#else
+    Vec v;
+    for (int64_t i = 0; i < W; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
 // The first `count` elements widened, zeros behind them.
 template <typename T>
 INLINE Vec widen_part(const T* p, int64_t count) {
@@ -167,6 +190,18 @@ template <typename T>
 INLINE void widen_row(float* to, const T* from, int64_t count) {
     int64_t i = 0;
     for (; i + W <= count; i += W) store(to + i, widen(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
+// bf16, ties to even; not for NaN.
+INLINE Halves narrow(Vec x) {
+    const Bits b = (Bits)x;
+    return __builtin_convertvector((b + 0x7fffu + (b >> 16 & 1)) >> 16, Halves);
+}
+
+INLINE void narrow_row(bf16* to, const float* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(to + i, narrow(load<Vec>(from + i)));
     for (; i < count; ++i) to[i] = from[i];
 }
 
@@ -306,6 +341,22 @@ INLINE void multiply_step(
     multiply<F, R, C>(acc, raw, x + step * C * F::STEP);
 }
 
+// out[c][r] = the sum of the lanes of acc[r][c].
+template <int64_t R, int64_t C>
+INLINE void store_sums(float* out, int64_t ldo, const Vec (&acc)[R][C]) {
+    constexpr int64_t AT_ONCE = R * C < W ? C : W / R;  // operand rows whose sums fit one vector
+#pragma GCC unroll 8
+    for (int64_t c0 = 0; c0 < C; c0 += AT_ONCE) {
+        Vec lanes[AT_ONCE * R];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < AT_ONCE * R; ++i) lanes[i] = acc[i % R][c0 + i / R];
+        float total[W];
+        store(total, sums(lanes));
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < AT_ONCE; ++c) __builtin_memcpy(out + (c0 + c) * ldo, total + c * R, R * sizeof(float));
+    }
+}
+
 // R rows of weights times C rows of the operand, x packed as [step][C][STEP]; R is 4 or 1.
 //
 // Meanwhile the R rows at `next` are fetched into the second-level cache, one row after the other: memory is read in
@@ -337,17 +388,7 @@ INLINE void dots(
     }
     if constexpr (U == 2)
         for (int64_t r = 0; r < R; ++r) acc[0][r][0] += acc[1][r][0];
-    constexpr int64_t AT_ONCE = R * C < W ? C : W / R;  // operand rows whose sums fit one vector
-#pragma GCC unroll 8
-    for (int64_t c0 = 0; c0 < C; c0 += AT_ONCE) {
-        Vec lanes[AT_ONCE * R];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < AT_ONCE * R; ++i) lanes[i] = acc[0][i % R][c0 + i / R];
-        float total[W];
-        store(total, sums(lanes));
-#pragma GCC unroll 8
-        for (int64_t c = 0; c < AT_ONCE; ++c) __builtin_memcpy(out + (c0 + c) * ldo, total + c * R, R * sizeof(float));
-    }
+    store_sums<R, C>(out, ldo, acc[0]);
 }
 
 // ---- outer ----------------------------------------------------------------------------------------------------------

@@ -329,8 +329,9 @@ TUPLES = (aten.native_layer_norm.default, aten.max.dim, aten.min.dim, aten.var_m
 
 
 def NORMS() -> tuple[object, ...]:
-    """The norms of our vocabulary."""
-    return (torch.ops.llmcomp.rms_norm.default, torch.ops.llmcomp.layer_norm.default)
+    """What in our vocabulary works along the last dimension: the norms, and the scale of a row."""
+    ops = torch.ops.llmcomp
+    return ops.rms_norm.default, ops.layer_norm.default, ops.cache_scale.default
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from llmcomp import bisect, compat, debug, integrate, verify
+from llmcomp.cache_ops import KV_DTYPES
 from llmcomp.capture import capture_graph
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.options import Options, read_options
@@ -74,7 +75,8 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     captured, start = len(gm.graph.nodes), time.perf_counter()
     target = usable(detect(options, devices(gm.graph)), options)
     lowerer = Lowerer()
-    passes = () if target.name == "reference" else wanted(gm, pipeline(target, lowerer.fits), options)
+    kv_dtype = None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype]
+    passes = () if target.name == "reference" else wanted(gm, pipeline(target, lowerer.fits, kv_dtype), options)
     seen = debug.Stages(gm, options)
     kept = verify.Stages(gm) if options.verify else None
 

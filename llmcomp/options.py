@@ -22,6 +22,7 @@ TARGETS = ("auto", "triton", "cpp", "reference")
 # "max-autotune" search for Triton launch configurations. On the CPU all four mean the same.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 KV_CACHES = ("auto", "off")
+KV_DTYPES = ("int8", "fp8")
 # What a compiled graph may spend on that search with the "max-autotune" modes, in seconds.
 TUNE_SECONDS = 60.0
 
@@ -38,6 +39,7 @@ class Options:
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
+    kv_dtype: str | None = None  # one of KV_DTYPES, of the caches that graphs return; None is the model's dtype
     debug: int = 0  # 1 passes and times, 2 operator counts, 3 graphs, 4 kernel sources; on stderr
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
 
@@ -89,6 +91,10 @@ _RULES = {
     ),
     "kv_cache": _one_of(KV_CACHES),
     "kv_cache_bytes": _Rule("a positive whole number of bytes", lambda v: _whole_number(v) and v > 0),
+    "kv_dtype": _Rule(
+        f"one of {', '.join(KV_DTYPES)}, or None for the model's dtype",
+        lambda v: v is None or (isinstance(v, str) and v in KV_DTYPES),
+    ),
     "cache": _Rule("a folder", lambda v: isinstance(v, str | Path) and str(v) != "", _path),
     "debug": _Rule("a whole number from 0 to 4", lambda v: _whole_number(v) and 0 <= v <= 4),
     "dump": _Rule(

@@ -10,6 +10,8 @@ from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblin
 from llmcomp.passes.groups import Fits, Library
 from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE
 from llmcomp.passes.partition import partition
+from llmcomp.passes.quantize import QUANTIZE
+from llmcomp.passes.quantize_cache import quantize_cache
 from llmcomp.passes.recognize_activation import RECOGNIZE_ACTIVATION
 from llmcomp.passes.recognize_append import RECOGNIZE_APPEND
 from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
@@ -21,11 +23,15 @@ from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
 from llmcomp.passes.recognize_norm import RECOGNIZE_NORM
 from llmcomp.passes.recognize_rope import RECOGNIZE_ROPE
 from llmcomp.passes.share import SHARE
+from llmcomp.products import GROUPED, PACKED
 from llmcomp.target import Target
 
 
-def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
-    """The compiler, in order. `fits` says why a region cannot be one kernel, or None where it can."""
+def pipeline(target: Target, fits: Fits, kv_dtype: torch.dtype | None = None) -> tuple[Pass, ...]:
+    """The compiler, in order. `fits` says why a region cannot be one kernel, or None where it can.
+
+    Caches that graphs make hold codes of `kv_dtype` where one is given.
+    """
     library = _left_to_library(target)
     return (
         RECOGNIZE_CACHE,  # index_copy and copy_ of static caches -> cache_write_, in place
@@ -38,6 +44,8 @@ def pipeline(target: Target, fits: Fits) -> tuple[Pass, ...]:
         RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
         RECOGNIZE_GATED,  # act(gate) * up -> gated
         RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        QUANTIZE,  # linear layers read quantized weights as they are stored
+        *([quantize_cache(kv_dtype)] if kv_dtype else []),  # keys and values that are returned -> codes and scales
         INSERT_KV_CACHE,  # a proof that only new positions need computing, for llmcomp/reuse.py
         RECOGNIZE_APPEND,  # cat of a past with new keys or values -> cache_grow and cache_write_
         recognize_bmm(library),  # products of batches of matrices -> grouped_linear
@@ -64,7 +72,7 @@ def _left_to_library(target: Target) -> Library:
     """
 
     def library(linear: Node) -> bool:
-        grouped = linear.target is torch.ops.llmcomp.grouped_linear.default
-        return target.name == "cpp" and not grouped and rows(linear) > 16
+        grouped = linear.target is GROUPED
+        return target.name == "cpp" and linear.target is not PACKED and not grouped and rows(linear) > 16
 
     return library

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from llmcomp.graph import dependencies, views, written
+from llmcomp.quantized_cache import cache_tensor
 from llmcomp.region import Region
 
 Label = tuple[str, int]
@@ -37,6 +38,8 @@ CREATIONS = frozenset(
         aten.new_full.default, aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,
     }
 )  # fmt: skip
+# Codes and scales of a quantized cache as one tensor: each kernel that reads it, and the caller, makes its own of it.
+NOTATIONS = (torch.ops.llmcomp.cache_dequantize.default, cache_tensor)
 # Operators with several results whose items are computed one by one, each by the kernel that wants it.
 TUPLES = frozenset({aten.native_layer_norm.default, aten.max.dim, aten.min.dim, aten.var_mean.correction})
 
@@ -226,7 +229,7 @@ def _inlines(node: Node) -> bool:
     """Views and constants are recomputed by whoever reads them; so are shallow functions of positions alone."""
     if node.op != "call_function" or _is_offset_table(node):
         return False
-    return is_view(node) or node.target in TUPLES or _is_position(node, 4)
+    return is_view(node) or node.target in (*TUPLES, *NOTATIONS) or _is_position(node, 4)
 
 
 def _is_offset_table(node: Node) -> bool:

@@ -69,6 +69,8 @@ def _merge(groups: Groups, label: Label, node: Node, fits: Fits, report: Report)
 
 def _repeats(producer: Node, node: Node) -> bool:
     """Whether computing `producer` inside the kernel of `node` would compute it many times over."""
+    if producer.target is torch.ops.llmcomp.cache_scale.default:
+        return False  # one number of each row, and all readers go by rows
     smaller, larger = elements(producer), elements(node)
     name = str(getattr(producer.target, "__name__", "")).split(".")[0].strip("_")
     return larger > smaller > 0 and (name in COSTLY or larger > 4 * smaller)

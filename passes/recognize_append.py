@@ -23,8 +23,11 @@ from llmcomp.graph import argument, base, insert, same_size, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.sizes import size_node, writable
+from llmcomp.quantized_cache import cache_tensor
 
 aten = torch.ops.aten
+# Reads the scales that are being made, not the cache of them.
+QUANTIZE = torch.ops.llmcomp.cache_quantize.default
 CACHES = (torch.ops.llmcomp.cache_room.default, torch.ops.llmcomp.cache_grow.default)
 
 
@@ -61,17 +64,25 @@ RECOGNIZE_APPEND = Pass("recognize_append", _run, needs=frozenset({SHAPES}))
 
 
 def _operands(attention: Node) -> Iterator[Node]:
-    """What attention reads as keys and as values."""
+    """What attention reads as keys and as values; of quantized ones the codes and the scales."""
     for position in (1, 2):
         operand = attention.args[position]
         assert isinstance(operand, Node)
-        yield operand
+        if base(operand).target is torch.ops.llmcomp.cache_dequantize.default:
+            yield from base(operand).all_input_nodes
+        else:
+            yield operand
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns `node` or a view of it, or a quantized cache that holds it."""
+    return g.is_returned(node) or any(u.target is cache_tensor for view in g.views(node) for u in view.users)
 
 
 def _appended(operand: Node) -> Growth | None:
     """The concatenation of an input and something new that an operand shows, if the graph returns it."""
     node = base(operand)
-    if node.target is not aten.cat.default or not g.is_returned(node):
+    if node.target is not aten.cat.default or not _is_returned(node):
         return None
     parts = node.args[0]
     assert isinstance(parts, list | tuple)
@@ -89,7 +100,7 @@ def _begun(operand: Node, attention: Node) -> Growth | None:
     if operand.op != "call_function" or val(operand).dim() != 4 or operand.target in CACHES:
         return None
     copies = [u for u in operand.users if u.target is aten.clone.default and g.is_returned(u)]
-    returned = copies or g.is_returned(operand)
+    returned = copies or _is_returned(operand)
     queries = attention.args[0]
     assert isinstance(queries, Node)
     if not returned or not same_size(val(operand).shape[2], val(queries).shape[2]):
@@ -126,7 +137,8 @@ def _rewrite(growth: Growth, first: Node) -> None:
         start, end = size_node(graph, before), size_node(graph, whole.shape[dim])
         position = insert(graph, aten.arange.start, start, end, device=device)
         write = insert(graph, torch.ops.llmcomp.cache_write_.default, cache, growth.new, position, dim)
+    kept = {write, *growth.results, *(u for u in growth.new.users if u.target is QUANTIZE)}
     for node in growth.results:
-        node.replace_all_uses_with(cache, lambda user: user not in (write, *growth.results))
+        node.replace_all_uses_with(cache, lambda user: user not in kept)
         if node is not growth.new:
             graph.erase_node(node)

@@ -276,7 +276,7 @@ static void soft_cap_part(
     int64_t n0,
     int64_t n1,
     int64_t n2,
-    const attend::Attention<float, float, 1, 80, 48, true>& attention,
+    const attend::Attention<float, float, float, 1, 80, 48, true>& attention,
     char* memory,
     int64_t team,
     int64_t* status
@@ -309,7 +309,7 @@ extern "C" void soft_cap(
     int64_t threads,
     int64_t* status
 ) {
-    const attend::Attention<float, float, 1, 80, 48, true> attention = {
+    const attend::Attention<float, float, float, 1, 80, 48, true> attention = {
         n0, 2, n1, n2,
         {q, 160 * n1, 80 * n1, 80, 1},
         {k, 160 * n2, 80 * n2, 80, 1},

@@ -21,6 +21,7 @@ LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
     ("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
+    ("llmcomp.cache_ops", "llmcomp.quantized_cache"),
     ("llmcomp.passes", "llmcomp.codegen"),
     ("*",),
     ("llmcomp.backend",),

@@ -33,6 +33,7 @@ def test_every_field_can_be_set():
         "tune": 2.5,
         "kv_cache": "off",
         "kv_cache_bytes": 1 << 20,
+        "kv_dtype": "int8",
         "cache": "/tmp/a",
         "debug": 2,
         "dump": Path("/tmp/b"),
