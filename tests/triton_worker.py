@@ -32,6 +32,7 @@ MODULES = (
     "test_triton_contract",
     "test_triton_attend",
     "test_triton_program",
+    "test_triton_sequences",
     "test_triton_sweep",
     "test_assemble",
 )
