@@ -18,7 +18,7 @@ from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span,
 from llmcomp.codegen.kernel import Attend, Buffer, Compute, Index, Statement, Store, Strided, inputs, needed
 
 OPERANDS = (torch.float32, torch.bfloat16, torch.float16)
-CODES = (torch.int8,)
+CODES = (torch.int8, torch.float8_e4m3fn)
 
 
 def render_attend(kernel: Attend, comment: Sequence[str] = ()) -> Source:

@@ -124,7 +124,7 @@ def make_scope(
     return Scope({b.name: b.dtype for b in buffers}, widened)
 
 
-NARROW_FLOATS = frozenset({torch.bfloat16, torch.float16})
+NARROW_FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float8_e4m3fn})
 
 
 def parameter(buffer: Buffer) -> str:

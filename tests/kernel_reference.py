@@ -173,6 +173,10 @@ def attend(kernel: Attend, tensors: Sequence[torch.Tensor], sizes: Sequence[int]
     q = _strided(kernel.q, (batch, heads, queries, kernel.head_dim), known, buffers)
     k = _strided(kernel.k, (batch, heads // kernel.group, keys, kernel.head_dim), known, buffers)
     v = _strided(kernel.v, (batch, heads // kernel.group, keys, kernel.value_dim), known, buffers)
+    if kernel.k_scale is not None and kernel.v_scale is not None:
+        rows = (batch, heads // kernel.group, keys, 1)
+        k = k * _strided(kernel.k_scale, rows, known, buffers)
+        v = v * _strided(kernel.v_scale, rows, known, buffers)
     k, v = (t.repeat_interleave(kernel.group, 1) for t in (k, v))
     points = grid(shape)
     values = {**known, **{str(a.symbol): p for a, p in zip(axes, points, strict=True)}}

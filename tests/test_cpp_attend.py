@@ -41,6 +41,8 @@ class Case:
     sinks: bool = False
     spread: bool = False
     """Channels are not neighbours in memory."""
+    codes: torch.dtype | None = None
+    """Of k and v, which have scales then."""
 
     @property
     def heads(self) -> int:
@@ -97,6 +99,10 @@ CASES = [
     Case("float_mask", F16, 8, 1, 32, FLOAT_MASK, "biased", mask=F16),
     Case("soft_cap", F32, 1, 2, 80, SOFT_CAP, "capped", value_dim=48, sinks=True),
     Case("alibi", BF16, 3, 1, 256, ALIBI, "slanted", key_end=AFTER, mask=F32),
+    Case("int8", BF16, 4, 2, 64, CAUSAL, "causal", key_end=AFTER, codes=torch.int8),
+    Case("int8_mask", F32, 1, 3, 80, BOOL_MASK, "masked", value_dim=48, mask=BOOL, visible="visible", codes=torch.int8),
+    Case("fp8", F16, 8, 1, 32, SOFT_CAP, "capped", sinks=True, codes=torch.float8_e4m3fn),
+    Case("spread_int8", F32, 3, 2, 20, spread=True, codes=torch.int8),
     Case("spread", BF16, 9, 1, 20, spread=True, sinks=True, key_end=AFTER),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -110,7 +116,11 @@ def kernel(case: Case) -> Attend:
 
     values = case.value_dim or case.head_dim
     out = (SQ * case.heads * values, sympy.Integer(values), case.heads * sympy.Integer(values), sympy.Integer(1))
-    buffers = [Buffer(name, case.dtype) for name in ("q", "k", "v")]
+    buffers = [Buffer("q", case.dtype), *(Buffer(name, case.codes or case.dtype) for name in ("k", "v"))]
+    buffers += [Buffer(name, F32) for name in ("k_scale", "v_scale") if case.codes]
+    # The scales of one key after the other, as caches with headroom have them.
+    rows = (sympy.Integer(case.kv_heads), sympy.Integer(1), B * case.kv_heads, sympy.Integer(0))
+    scales = [Strided(name, rows) if case.codes else None for name in ("k_scale", "v_scale")]
     buffers += [Buffer("mask", case.mask)] if case.mask else []
     buffers += [Buffer("sinks", case.dtype)] if case.sinks else []
     return Attend(
@@ -135,6 +145,7 @@ def kernel(case: Case) -> Attend:
         case.key_end,
         "sinks" if case.sinks else None,
         case.visible,
+        *scales,
     )
 
 
@@ -147,7 +158,9 @@ def tensors(case: Case, batch: int, queries: int, keys: int) -> list[torch.Tenso
     torch.manual_seed(queries * 1000 + keys)
     values, step = case.value_dim or case.head_dim, 2 if case.spread else 1
     sizes = [(case.heads, queries, case.head_dim), (case.kv_heads, keys, case.head_dim), (case.kv_heads, keys, values)]
-    given = [torch.randn(batch, *s[:2], step * s[2]).to(case.dtype) for s in sizes]
+    given = [torch.randn(batch, *s[:2], step * s[2]) for s in sizes]
+    given = [given[0].to(case.dtype), *(t.mul(40 if case.codes else 1).to(case.codes or case.dtype) for t in given[1:])]
+    given += [torch.rand(keys, batch, case.kv_heads) / 20 for _ in range(2 if case.codes else 0)]
     if case.mask is BOOL:
         given.append(torch.rand(batch, queries, keys) < 0.7)
     elif case.name == "alibi":
@@ -254,7 +267,7 @@ def test_portable_twins(tmp_path: Path, machine: str) -> None:
         pytest.skip("the flags are those of x86-64")
     # Another text is tested, not what the compiler makes of it.
     compiler = Compiler(native.command, native.version, (*native.flags, *NARROWER[machine], "-O0"))
-    cases = [BY_NAME["causal"], BY_NAME["soft_cap"]]
+    cases = [BY_NAME[name] for name in ("causal", "soft_cap", "int8", "fp8")]
     library = Library([render_attend(kernel(case)) for case in cases], tmp_path, compiler)
     for case in cases:
         for queries, keys in ((1, 300), (5, 70), (40, 70)):

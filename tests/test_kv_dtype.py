@@ -16,7 +16,7 @@ from llmcomp.report import GraphReport
 from tests.test_kv_cache import GREEDY, MORE, gemma2, gpt2, left_padded, llama, mistral, tokens
 
 HELD = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-KV_DTYPES = ["int8"]
+KV_DTYPES = ["int8", "fp8"]
 Make = Callable[[], PreTrainedModel]
 
 
