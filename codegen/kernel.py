@@ -255,8 +255,8 @@ class Attend:
     per head that joins the softmax denominator (and the maximum) without a value. `visible`, where given, names
     a boolean value of the score body that does not read the score: where it is false the score is -inf, so a
     printer may evaluate it first and skip keys that nobody sees (the unused end of a static cache, padding).
-    Where k and v hold codes (int8 or float8), `k_scale` and `v_scale`, whose channels have stride 0, give one float32 for each
-    key: the score is multiplied by that of its key, the weight by that of its value.
+    Where k and v hold codes (int8 or float8), `k_scale` and `v_scale`, whose channels have stride 0, give one float32
+    for each key: the score is multiplied by that of its key, the weight by that of its value.
     """
 
     name: str
