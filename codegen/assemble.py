@@ -37,6 +37,7 @@ POINTERS: dict[torch.dtype, str] = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 ALIGNMENT = 16  # bytes; what torch's allocator and our arena give every buffer
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)

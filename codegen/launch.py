@@ -144,6 +144,7 @@ class Product(NamedTuple):
     experts: int = 1
     across: bool = False  # weights lie along the columns (K, N), not along the depth
     room: int = 64  # results for which a thread has registers, as far as what follows the products goes
+    codes: int = 1  # weights in an element: several where elements are words of 4-bit codes
 
 
 def _divisor(depth: int, wanted: int) -> int:
@@ -155,6 +156,7 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
     """A thread holds `elements` products of each step; 16 bytes of weights lie together, a sector if across."""
     rows = min(power(-(-shape.rows // shape.experts)), 4)
     depth = _divisor(shape.depth, block_k)
+    elements //= max(1, shape.codes // 4)  # unpacking takes registers as well
     products = elements * 32 * warps // (rows * shape.parts)
     block_n = shape.width or min(128, max(1, products // depth))
     if shape.across:

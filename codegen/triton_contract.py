@@ -13,6 +13,7 @@ along its last axis (a norm within a head) gives a program that axis whole.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import sympy
 import torch
@@ -64,6 +65,7 @@ from llmcomp.codegen.triton_file import (
     launcher,
     unpack,
 )
+from llmcomp.codegen.triton_packed import WORD, packing_of, print_rows, print_scaled, print_words, words_of
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
 GEMV_ROWS = 4
@@ -197,7 +199,7 @@ def _print_form(w: Writer, kernel: Contract, form: str, name: str) -> None:
     }[form]
     with jit_function(w, kernel, _bodies(kernel), name, ["BLOCK_M", "BLOCK_N", "BLOCK_K"], doc):
         if _even(kernel):
-            w.line(f"tl.static_assert({indexed(kernel.depth.size)} % BLOCK_K == 0)")
+            w.line(f"tl.static_assert({indexed(_steps(kernel))} % BLOCK_K == 0)")
         with _rows(w, kernel):
             tile = _operand_tile(kernel)
             _print_prologue(w, kernel, tile)
@@ -208,8 +210,16 @@ def _bodies(kernel: Contract) -> list[Body]:
     return [kernel.operand, *(s.epilogue for s in kernel.sections)]
 
 
+def _steps(kernel: Contract) -> sympy.Expr:
+    """What BLOCK_K counts: the depth, or the words that hold a row of 4-bit weights."""
+    words = words_of(kernel)
+    return kernel.depth.size if words is None else words
+
+
 def _even(kernel: Contract) -> bool:
-    depth = kernel.depth.size
+    depth = _steps(kernel)
+    if words_of(kernel) is not None and kernel.depth.size != WORD * depth:
+        return False
     return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
 
 
@@ -301,13 +311,20 @@ def _print_section(
     block = epilogue.dim("n").block
     for a in section.accumulators:
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
+    if packing_of(kernel) is not None:
+        print_rows(w, kernel, section)
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, BLOCK_K]" if form == "gemv" else f"[BLOCK_M, {block}]"
         w.line(f"{spell(a.name)} = tl.zeros({shape}, tl.float32)")
-    depth = indexed(kernel.depth.size) if kernel.experts is None else "depth_end"
+    depth = indexed(_steps(kernel)) if kernel.experts is None else "depth_end"
     with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
         inside = epilogue.dim("n").inside
-        (_print_gemv if form == "gemv" else _print_dot)(w, kernel, section, inside, tile)
+        if words_of(kernel) is not None:
+            native = torch.float32 if form == "gemv" else dot_dtype(kernel, section)
+            operand = partial(_print_operand, w, kernel, tile, native)
+            print_words(w, kernel, section, form, inside, _even(kernel), native, operand)
+        else:
+            (_print_gemv if form == "gemv" else _print_dot)(w, kernel, section, inside, tile)
     for a in section.accumulators:
         if form == "gemv":
             w.line(f"{spell(a.name)} = tl.sum({spell(a.name)}, axis=2)")
@@ -358,7 +375,9 @@ def _weight_rows(a: Accumulator, kernel: Contract) -> str:
     if kernel.experts is not None:
         expert = f" + expert.to(tl.int64) * {indexed(a.weight.expert_stride)}"
     at = sympy.expand(a.weight.offset + a.row * a.weight.row_stride)
-    return f"{spell(a.weight.buffer)}{expert} + {indexed(at)}"
+    dtypes = {b.name: b.dtype for b in kernel.buffers}
+    bits = ".to(tl.pointer_type(tl.uint8))" if dtypes[a.weight.buffer] == torch.float8_e4m3fn else ""
+    return f"{spell(a.weight.buffer)}{bits}{expert} + {indexed(at)}"
 
 
 def _print_operand(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype) -> str:
@@ -398,7 +417,9 @@ def _print_gemv(w: Writer, kernel: Contract, section: Section, inside: str, tile
         w.line(call(f"{spell(a.name)}_weight = tl.load", load))
     x = _print_operand(w, kernel, tile, torch.float32)
     for a in section.accumulators:
-        weight = narrowed(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer], torch.float32)
+        weight = _widened(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer])
+        if a.weight.packing is not None:
+            weight = print_scaled(w, a, weight, k, "gemv", parts)
         w.line(f"{spell(a.name)} += {x}[:, None, :] * {weight}")
 
 
@@ -415,14 +436,25 @@ def _print_dot(w: Writer, kernel: Contract, section: Section, inside: str, tile:
     for a in section.accumulators:
         load = [f"{spell(a.name)}_rows + {_step('depth[:, None]', a)}", *_zero_masked([inside, tail])]
         w.line(call(f"{spell(a.name)}_weight = tl.load", load))
-        weight = narrowed(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer], native)
+        weight = f"{spell(a.name)}_weight"
+        if a.weight.packing is None:
+            weight = narrowed(weight, tile.buffers[a.weight.buffer], native)
+        else:
+            wide = _widened(weight, tile.buffers[a.weight.buffer])
+            weight = narrowed(print_scaled(w, a, wide, "depth", "dot", [inside, tail]), torch.float32, native)
         w.line(f"{spell(a.name)} = prelude.dot({x}, {weight}, {spell(a.name)})")
+
+
+def _widened(weight: str, dtype: torch.dtype) -> str:
+    """Weights that were loaded as float32; a float8 is loaded as its bits."""
+    return f"prelude.from_float8({weight})" if dtype == torch.float8_e4m3fn else narrowed(weight, dtype, torch.float32)
 
 
 def dot_dtype(kernel: Contract, section: Section) -> torch.dtype:
     """The dtype that a section is multiplied in: a 16-bit one where operand and weights all have it."""
     dtypes = {b.name: b.dtype for b in kernel.buffers}
-    found = {kernel.operand_dtype, *(dtypes[a.weight.buffer] for a in section.accumulators)}
+    packed = packing_of(kernel) is not None  # then weights are made what the operand is
+    found = {kernel.operand_dtype, *(dtypes[a.weight.buffer] for a in section.accumulators if not packed)}
     return found.pop() if len(found) == 1 and found < NARROW_FLOATS else torch.float32
 
 
@@ -445,13 +477,15 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
     fields = {
         "rows": kernel.rows.size,
         "columns": columns,
-        "depth": kernel.depth.size,
+        "depth": _steps(kernel),
         "parts": sympy.Integer(max(len(s.accumulators) for s in kernel.sections)),
         "width": sympy.Integer(max(whole_axis(s) for s in kernel.sections)),
-        "bytes": sympy.Integer(max(dtypes[name].itemsize for name in weights)),
+        "bytes": sympy.Integer(4 if words_of(kernel) is not None else max(dtypes[name].itemsize for name in weights)),
         "experts": kernel.expert_count,
         "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
+    if words_of(kernel) is not None:
+        fields["codes"] = sympy.Integer(WORD)
     if (room := min(_room(s) for s in kernel.sections)) < ROOM:
         fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)

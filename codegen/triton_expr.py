@@ -25,6 +25,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.int8: "tl.int8",
     torch.uint8: "tl.uint8",
     torch.bool: "tl.int1",
+    torch.float8_e4m3fn: "tl.float8e4nv",
 }
 NARROW_FLOATS = frozenset({torch.bfloat16, torch.float16})
 

@@ -48,6 +48,49 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @device
+def from_float8(x: tl.tensor) -> tl.tensor:
+    """The bits of a float8 e4m3 (uint8) as float32, on every GPU; not for NaN."""
+    bits = x.to(tl.uint32)
+    magnitude = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(bits >= 128, -1.0 * magnitude, magnitude)
+
+
+@device
+def power_of_two(exponent: tl.tensor) -> tl.tensor:
+    """2 ** (exponent - 127) of a stored exponent (uint8), as float32."""
+    return (exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+
+
+@device
+def e2m1(code: tl.tensor) -> tl.tensor:
+    """The number that a 4-bit float e2m1 stands for: sign, two bits of exponent, one of mantissa."""
+    half = (code & 1).to(tl.float32) * 0.5
+    exponent = (code >> 1) & 3
+    normal = (1.0 + half) * power_of_two(exponent + 126)
+    magnitude = tl.where(exponent == 0, half, normal)
+    return tl.where(code >= 8, -1.0 * magnitude, magnitude)
+
+
+@device
+def choose4(b0: tl.tensor, b1: tl.tensor, v0: float, v1: float, v2: float, v3: float) -> tl.tensor:
+    """v0, v1, v2 or v3: the one whose number has the bits b1 b0."""
+    return tl.where(b1, tl.where(b0, v3, v2), tl.where(b0, v1, v0))
+
+
+@device
+def nf4(code: tl.tensor) -> tl.tensor:
+    """The number that a NormalFloat code stands for (llmcomp/formats.py): a tree of choices, bit by bit."""
+    b0 = (code & 1) != 0
+    b1 = (code & 2) != 0
+    b2 = (code & 4) != 0
+    v0 = choose4(b0, b1, -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
+    v1 = choose4(b0, b1, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
+    v2 = choose4(b0, b1, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
+    v3 = choose4(b0, b1, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+    return tl.where(code >= 8, tl.where(b2, v3, v2), tl.where(b2, v1, v0))
+
+
+@device
 def dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     """acc + a @ b in float32. (The interpreter would multiply the bit patterns of bfloat16.)"""
     if INTERPRETED:

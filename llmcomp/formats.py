@@ -113,9 +113,9 @@ def check(weight: Tensor, format: Format) -> None:
         raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
-    """(N, K) as (N, groups, group)."""
-    return weight.unflatten(1, (-1, group or weight.shape[1]))
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """(..., K) as (..., groups, group)."""
+    return values.reshape(*values.shape[:-1], -1, group or values.shape[-1])
 
 
 def _nonzero(scale: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
     """values (..., K) times the scale of their row or group."""
     if not group:
         return values * scale.unsqueeze(-1)
-    return (values.unflatten(-1, (-1, group)) * scale.float().unsqueeze(-1)).flatten(-2)
+    return (_grouped(values, group) * scale.float().unsqueeze(-1)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Int4(Format):
         return Packed(pack(codes.clamp_(0, 15).to(torch.uint8).flatten(1)), scale, zero)
 
     def _dequantize(self, packed: Packed, columns: int) -> Tensor:
-        codes = unpack(packed.codes, columns).float().unflatten(-1, (-1, self.group))
+        codes = _grouped(unpack(packed.codes, columns).float(), self.group)
         zero = 8.0 if packed.zero is None else packed.zero.float().unsqueeze(-1)
         return ((codes - zero) * packed.scale.float().unsqueeze(-1)).flatten(-2)
 

@@ -17,11 +17,11 @@ BLOCK = 128
 def pack(codes: Tensor) -> Tensor:
     """Codes (..., K) uint8 in 0 .. 15 as bytes (..., 64 * ceil(K / 128)) uint8."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % BLOCK))
-    lanes = padded.unflatten(-1, (-1, 4, 2, 16))  # block, byte of a word, half of a byte, word
+    lanes = padded.reshape(*codes.shape[:-1], -1, 4, 2, 16)  # block, byte of a word, half of a byte, word
     return (lanes[..., 0, :] | lanes[..., 1, :] << 4).transpose(-1, -2).flatten(-3).contiguous()
 
 
 def unpack(data: Tensor, columns: int) -> Tensor:
     """The inverse of `pack`: bytes (..., 64 * ceil(columns / 128)) as codes (..., columns) uint8."""
-    words = data.unflatten(-1, (-1, 16, 4)).transpose(-1, -2)
+    words = data.reshape(*data.shape[:-1], -1, 16, 4).transpose(-1, -2)
     return torch.stack((words & 15, words >> 4), dim=-2).flatten(-4)[..., :columns]

@@ -1,8 +1,8 @@
 """The operators that multiply an operand with matrices of weights, and where their arguments stand.
 
-    linear(x, weight, bias, kn)
-    grouped_linear(x, weight, ends, kn)
-    packed_linear(x, codes, scale, zero, bias, format)
+linear(x, weight, bias, kn)
+grouped_linear(x, weight, ends, kn)
+packed_linear(x, codes, scale, zero, bias, format)
 """
 
 import torch
@@ -38,7 +38,6 @@ def ends_of(node: Node) -> Node | None:
 
 def bias_of(node: Node) -> Node | None:
     """The vector that is added to every row, if any."""
-    at = {LINEAR: 2, PACKED: 4}.get(node.target)
-    bias = None if at is None else node.args[at]
+    bias = node.args[2] if node.target is LINEAR else node.args[4] if node.target is PACKED else None
     assert bias is None or isinstance(bias, Node)
     return bias

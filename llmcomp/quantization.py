@@ -75,9 +75,9 @@ class Site:
 def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool] = lambda weight: True) -> Quantization:
     """Quantize weights of `model` in place; returns what became of each.
 
-    `spec` is a format or its name, for all linear layers (`nn.Linear`, and GPT-2's `Conv1D`); or a mapping from patterns
-    of module names (as in `fnmatch`, the first that matches counts) to formats, None to leave a weight alone; or a
-    function of (name, module). With a single format of 4 bits the head (the layer that gives logits) becomes int8.
+    `spec` is a format or its name, for all linear layers (`nn.Linear`, and GPT-2's `Conv1D`); or a mapping from
+    patterns of module names (as in `fnmatch`, the first that matches counts) to formats, None to leave a weight alone;
+    or a function of (name, module). With a single format of 4 bits the head (the layer that gives logits) becomes int8.
     Embeddings are quantized where a mapping or function names them, or where the head is tied to them: once, for both.
     `only` narrows the weights down further. Quantized weights no longer require gradients.
 
@@ -208,9 +208,7 @@ def _of_patterns(
     return None, "no pattern matches it"
 
 
-def _of_function(
-    model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]
-) -> tuple[Format | None, str]:
+def _of_function(model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]) -> tuple[Format | None, str]:
     chosen = (_format(choose(name, module)) for name, module in _names(model, site))
     form = next((c for c in chosen if c is not None), None)
     return form, "" if form else "the function leaves it alone"

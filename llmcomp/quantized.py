@@ -1,4 +1,4 @@
-"""A quantized weight: a tensor subclass that owns packed data and takes part in eager code like the float it stands for.
+"""A quantized weight: a tensor subclass that owns packed data and takes part in eager code as the float matrix.
 
     weight = QuantizedTensor.quantize(linear.weight, Int4())      # (N, K), reports the dtype of the float weight
     torch.nn.functional.linear(x, weight)                         # eager: dequantized for the length of the call
@@ -40,7 +40,7 @@ class QuantizedTensor(Tensor):
         cls, packed: Packed, format: Format, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
     ) -> Self:
         strides = (1, shape[0]) if transposed else (shape[1], 1)
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), strides=strides, dtype=dtype, device=packed.codes.device, requires_grad=False
         )
 
@@ -72,15 +72,15 @@ class QuantizedTensor(Tensor):
         return self.shape[0 if self.transposed else 1]
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the packed parts."""
         return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The float matrix that this stands for, in the dtype that it reports."""
         return _dequantized(self)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     # ---- what AOTAutograd asks of a traceable wrapper ----
@@ -101,7 +101,7 @@ class QuantizedTensor(Tensor):
         return QuantizedTensor(packed, parse_format(name), outer_size, dtype, transposed)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: torch._ops.OpOverload,
         types: Sequence[type],
@@ -164,7 +164,8 @@ def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Te
 
 
 def _rows(part: Tensor, indices: Tensor) -> Tensor:
-    return aten.index.Tensor(part, [indices])
+    rows: Tensor = aten.index.Tensor(part, [indices])
+    return rows
 
 
 def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking: bool = False) -> Any:

@@ -8,7 +8,7 @@ No float copy of the weight remains. A dequantized matrix that something other t
 import torch
 from torch.fx import Graph, Node
 
-from llmcomp.graph import replace_by, val
+from llmcomp.graph import replace_by, source, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
 from llmcomp.products import LINEAR, PACKED, bias_of
@@ -28,7 +28,7 @@ def _run(graph: Graph, report: Report) -> None:
         replace_by(node, PACKED, node.args[0], codes, scale, zero, bias_of(node), name)
         report.rewrites += 1
     for node in graph.find_nodes(op="call_function", target=DEQUANTIZE):
-        if node.args[0].op == "placeholder" and node.users:  # type: ignore[union-attr]
+        if source(node).op == "placeholder" and node.users:
             readers = ", ".join(sorted({str(user.target) for user in node.users}))
             report.miss(node, f"the whole matrix is made float for {readers}")
 

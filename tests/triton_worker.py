@@ -30,6 +30,7 @@ import torch
 MODULES = (
     "test_triton",
     "test_triton_contract",
+    "test_triton_packed",
     "test_triton_attend",
     "test_triton_program",
     "test_triton_sequences",

@@ -1,0 +1,63 @@
+"""A linear layer whose weight is quantized, as a kernel: what the tests of both printers run."""
+
+import sympy
+import torch
+from torch import Tensor
+
+from llmcomp.codegen.kernel import (
+    Accumulator,
+    Axis,
+    Buffer,
+    Compute,
+    Contract,
+    Load,
+    Packing,
+    Section,
+    Statement,
+    Store,
+    Weight,
+)
+from llmcomp.formats import Format
+
+F32 = torch.float32
+
+
+def packed_linear(rows: int | sympy.Symbol, k: int, n: int, form: Format, dtype: torch.dtype) -> Contract:
+    """out = x @ weight.T + bias, with the weight in `form`."""
+    m, depth, column = (_axis(name, size) for name, size in (("m", rows), ("k", k), ("n", n)))
+    operand = (Load("x", "x_ptr", m.symbol * k + depth.symbol, F32),)
+    at = m.symbol * n + column.symbol
+    scaled: tuple[Statement, ...] = (Load("bias", "bias_ptr", column.symbol, F32),)
+    value = "acc"
+    if not form.group:
+        scaled += (Load("scale", "scale_ptr", column.symbol, F32), Compute("scaled", "mul", ("acc", "scale"), F32))
+        value = "scaled"
+    epilogue = (*scaled, Compute("sum", "add", (value, "bias"), F32), Store("out_ptr", at, "sum"))
+    packed = form.quantize(torch.ones(1, k))
+    groups = sympy.Integer(k // form.group if form.group else 0)
+    packing = Packing(form, groups, "scale_ptr" if groups else None, None if packed.zero is None else "zero_ptr")
+    weight = Weight("weight_ptr", sympy.Integer(packed.codes.shape[1]), sympy.Integer(1), packing=packing)
+    parts = [("weight_ptr", packed.codes), ("scale_ptr", packed.scale), ("zero_ptr", packed.zero)]
+    buffers = (
+        Buffer("x_ptr", dtype),
+        *(Buffer(name, part.dtype) for name, part in parts if part is not None),
+        Buffer("bias_ptr", dtype),
+        Buffer("out_ptr", dtype, True),
+    )
+    sizes = (rows,) if isinstance(rows, sympy.Symbol) else ()
+    section = Section((column,), (Accumulator("acc", weight, column.symbol),), epilogue)
+    return Contract("packed_linear", buffers, sizes, m, depth, operand, "x", dtype, (section,))
+
+
+def _axis(name: str, size: int | sympy.Symbol) -> Axis:
+    return Axis(sympy.Symbol(name, integer=True, nonnegative=True), sympy.sympify(size))
+
+
+def packed_buffers(rows: int, k: int, n: int, form: Format, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """The buffers of `packed_linear`, and its exact result in float64."""
+    x, weight, bias = torch.randn(rows, k).to(dtype), torch.randn(n, k) / k**0.5, torch.randn(n).to(dtype)
+    weight[n // 2] = 0
+    packed = form.quantize(weight)
+    parts = [t for t in (packed.codes, packed.scale, packed.zero) if t is not None]
+    exact = x.double() @ form.dequantize(packed, k, torch.float64).t() + bias.double()
+    return [x, *parts, bias, torch.zeros(rows, n, dtype=dtype)], exact
