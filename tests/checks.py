@@ -25,6 +25,8 @@ from tests.models import Case, Kind
 from tests.numerics import Divergence, assert_equal_float32, assert_no_worse, divergences, is_tie
 
 NEW_TOKENS = 6
+# Beams whose scores (log-probability of a token) differ by less are equal: several sums of float32 apart.
+SCORE = 1e-5
 NO_FLOAT64 = ("xglm",)
 SHAPES = ((1, 11), (2, 17))
 
@@ -180,18 +182,44 @@ def check_generate_bfloat16(case: Case, backend: str) -> Count:
     return check_tokens(case, backend, torch.bfloat16)
 
 
-def check_tokens(case: Case, backend: str, dtype: torch.dtype, **settings: Any) -> Count:
-    """Greedy tokens equal eager's but for ties."""
-    model = case.build(dtype)
-    prompt = with_type_of(case.prompt(2, 9, padding=3), model)
+def check_left_padded(case: Case, backend: str) -> Count:
+    """Greedy tokens of three prompts of different lengths equal eager's."""
+    return check_tokens(case, backend, torch.float32, batch=3)
+
+
+def check_beams(case: Case, backend: str) -> Count:
+    """The tokens of a beam search with two beams, on a padded batch, equal eager's or score the same."""
+    model = case.build()
+    prompt = case.prompt(2, 9, padding=3)
+    settings = {"num_beams": 2, "return_dict_in_generate": True, "output_scores": True}
+    eager, ours, count = generated(model, prompt, backend, **settings)
+    rows = (ours.sequences != eager.sequences).any(1)
+    gap = (ours.sequences_scores - eager.sequences_scores)[rows].abs()
+    assert bool((gap <= SCORE).all()), f"rows {rows.tolist()} differ, their scores by {gap.tolist()}"
+    return replace(count, ties=int(rows.sum()))
+
+
+def generated(
+    model: PreTrainedModel, prompt: dict[str, Tensor], backend: str, **settings: Any
+) -> tuple[Any, Any, Count]:
+    """What `generate` returns in eager and compiled, with the counts of the latter; compiles `model` in place."""
     settings |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    eager_model = copy.deepcopy(model)
     with counted(backend) as counting:
-        eager = eager_model.generate(**prompt, **settings)
+        eager = model.generate(**prompt, **settings)
         model.compile(backend=counting)
         ours = model.generate(**prompt, **settings)
         count = count_of(counting)
-    assert ours.shape == eager.shape, f"{tuple(ours.shape)} tokens, eager gave {tuple(eager.shape)}"
+    shapes = [tuple((x if isinstance(x, Tensor) else x.sequences).shape) for x in (ours, eager)]
+    assert shapes[0] == shapes[1], f"{shapes[0]} tokens, eager gave {shapes[1]}"
+    return eager, ours, count
+
+
+def check_tokens(case: Case, backend: str, dtype: torch.dtype, batch: int = 2, **settings: Any) -> Count:
+    """Greedy tokens equal eager's but for ties."""
+    model = case.build(dtype)
+    prompt = with_type_of(case.prompt(batch, 9, padding=3), model)
+    eager_model = copy.deepcopy(model)
+    eager, ours, count = generated(model, prompt, backend, **settings)
     split = divergences(ours, eager)
     for d in split:
         logits = next_logits(case, eager_model, prompt, eager, d)
@@ -240,6 +268,8 @@ CHECKS: dict[str, Callable[[Case, str], Count]] = {
     "generate": check_generate,
     "static": check_generate_static,
     "generate-bfloat16": check_generate_bfloat16,
+    "left-padded": check_left_padded,
+    "beams": check_beams,
 }
 
 
@@ -250,5 +280,5 @@ def checks_of(case: Case) -> tuple[str, ...]:
     if case.kind is Kind.ENCODER:
         return ("logits", "padded", "bfloat16")
     if case.kind is Kind.SPEECH:
-        return ("logits", "bfloat16", "generate", "generate-bfloat16")
-    return ("logits", "padded", "bfloat16", "generate", "generate-bfloat16")
+        return ("logits", "bfloat16", "generate", "generate-bfloat16", "beams")
+    return ("logits", "padded", "bfloat16", "generate", "generate-bfloat16", "beams")

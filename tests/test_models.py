@@ -26,6 +26,8 @@ GENERATE = {
     "mamba": 90,
 }
 LOGITS = "llama bert-sequence modernbert-token whisper-speech t5".split()
+LEFT_PADDED = "llama gpt2".split()
+BEAMS = "gemma2 bart-seq2seq".split()
 BFLOAT16 = "llama qwen3 gemma2 gpt2 bloom mixtral bert-token".split()
 
 
@@ -46,6 +48,16 @@ def test_logits_of_two_shapes_equal_eager(name: str) -> None:
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_is_no_less_exact_than_eager(name: str) -> None:
     assert CHECKS["bfloat16"](case_named(name), "llmcomp").breaks == 0
+
+
+@pytest.mark.parametrize("name", LEFT_PADDED)
+def test_greedy_tokens_of_three_prompts_equal_eager(name: str) -> None:
+    assert CHECKS["left-padded"](case_named(name), "llmcomp").breaks == 0
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_two_beams_equal_eager(name: str) -> None:
+    assert CHECKS["beams"](case_named(name), "llmcomp").breaks == 0
 
 
 def test_static_cache() -> None:
