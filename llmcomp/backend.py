@@ -16,13 +16,14 @@ from llmcomp import bisect, compat, debug, integrate, verify
 from llmcomp.cache_ops import KV_DTYPES
 from llmcomp.capture import capture_graph
 from llmcomp.codegen.fit import Lowerer
+from llmcomp.cuda_graph import GraphedProgram
 from llmcomp.options import Options, read_options
 from llmcomp.passes import pipeline
 from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.cached_graph import CACHED
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN
-from llmcomp.program import compile_program, usable
+from llmcomp.program import Executable, compile_program, usable
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.reuse import ReusingProgram
@@ -91,7 +92,7 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
     if target.name == "reference":
         program = ReferenceProgram(gm, "the target calls eager operators")
     else:
-        program = compile_program(gm, lowerer, options, target)
+        program = graphed(compile_program(gm, lowerer, options, target), gm.meta.get("kind"), options)
     seen.built(program.report, program.source)
     if kept is not None:
         program = verify.VerifiedProgram(program, kept.stages)
@@ -101,6 +102,12 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
         )
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
+
+
+def graphed(program: Executable, kind: object, options: Options) -> Program:
+    """`program`, its launches replayed as a CUDA graph where that was asked for and results live for a step."""
+    wants = options.captures and kind not in ("forward", "backward") and not options.verify
+    return GraphedProgram(program, program.inputs) if wants and program.inputs is not None else program
 
 
 def compile_cached(gm: GraphModule, options: Options) -> Program:

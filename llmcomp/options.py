@@ -18,7 +18,7 @@ from llmcomp.errors import OptionError
 
 TARGETS = ("auto", "triton", "cpp", "reference")
 # torch's own names. "default" and "max-autotune-no-cudagraphs" launch kernels one by one; "reduce-overhead"
-# (which transformers passes unasked) and "max-autotune" may replay launches as a CUDA graph; both
+# (which transformers passes unasked) and "max-autotune" replay launches as a CUDA graph where they can; both
 # "max-autotune" search for Triton launch configurations. On the CPU all four mean the same.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 KV_CACHES = ("auto", "off")
@@ -37,6 +37,7 @@ class Options:
     threads: int | None = None  # of a CPU kernel; None asks torch at each call
     tune: float | None = None  # seconds to search launch configurations, for each graph; None follows the mode
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
+    cuda_graphs: bool | None = None  # replay launches as CUDA graphs; None: as the mode says, and in llmcomp.generate
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
     kv_dtype: str | None = None  # one of KV_DTYPES, of the caches that graphs return; None is the model's dtype
@@ -44,9 +45,9 @@ class Options:
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
 
     @property
-    def cuda_graphs(self) -> bool:
-        """Whether launches may be replayed as a CUDA graph."""
-        return self.mode in ("reduce-overhead", "max-autotune")
+    def captures(self) -> bool:
+        """Whether the launches of a graph behind torch.compile are replayed as a CUDA graph."""
+        return self.mode in ("reduce-overhead", "max-autotune") if self.cuda_graphs is None else self.cuda_graphs
 
     @property
     def tune_seconds(self) -> float:
@@ -89,6 +90,7 @@ _RULES = {
         "a number of seconds, or None for 60 with the max-autotune modes and 0 otherwise",
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
+    "cuda_graphs": _Rule("True, False or None", lambda v: v is None or isinstance(v, bool)),
     "kv_cache": _one_of(KV_CACHES),
     "kv_cache_bytes": _Rule("a positive whole number of bytes", lambda v: _whole_number(v) and v > 0),
     "kv_dtype": _Rule(

@@ -23,6 +23,7 @@ from llmcomp.codegen.fit import Lowerer
 from llmcomp.codegen.lowered import Lowered
 from llmcomp.codegen.render import render_cpp, render_triton
 from llmcomp.costs import extern_cost, kernel_cost
+from llmcomp.cuda_graph import Inputs, capturable
 from llmcomp.options import Options
 from llmcomp.passes.partition import read_partition
 from llmcomp.region import Partition, Region
@@ -53,12 +54,18 @@ class Clock:
 
 
 class Executable:
-    """A compiled graph: flat inputs in, the tuple of flat outputs out. Safe to call from several threads."""
+    """A compiled graph: flat inputs in, the tuple of flat outputs out. Safe to call from several threads.
 
-    def __init__(self, run: Callable[..., tuple[Any, ...]], source: str, report: ProgramReport) -> None:
+    `inputs` is there where the launches can be captured into a CUDA graph.
+    """
+
+    def __init__(
+        self, run: Callable[..., tuple[Any, ...]], source: str, report: ProgramReport, inputs: Inputs | None = None
+    ) -> None:
         self.run = run
         self.source = source
         self.report = report
+        self.inputs = inputs
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self.run(*inputs)
@@ -81,7 +88,10 @@ def compile_program(gm: GraphModule, lowerer: Lowerer, options: Options, target:
     clock.lap("build")
     run, text = hostcode.host_program(gm, partition, steps, kernels, built, options, _cache(options), target)
     clock.lap("plan")
-    return Executable(run, text, _report(steps, kernels, built, target, clock))
+    externs = [s.region.nodes[0] for s in steps if s.lowered is None]
+    captures = target.device == "cuda" and options.cuda_graphs is not False
+    inputs = capturable(gm.graph, externs) if captures else None
+    return Executable(run, text, _report(steps, kernels, built, target, clock), inputs)
 
 
 def usable(target: Target, options: Options) -> Target:

@@ -7,12 +7,13 @@ A program reads nothing but its flat inputs. The first two calls go through Dyna
 that the code, the weights and the shapes are those that the program was compiled for. What it hands to the program
 is noted. If the second call brings the same program the same inputs, but for the arguments, then nothing else can
 matter to a third one, as long as nobody changes the model meanwhile. A replay belongs to one generation; the next one
-asks Dynamo again.
+asks Dynamo again. On a GPU the third call is recorded as a CUDA graph (llmcomp/cuda_graph.py), which is all that the
+others launch.
 """
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.fx import GraphModule
 
 from llmcomp import backend, compat
 from llmcomp.capture import capture_graph
+from llmcomp.cuda_graph import GraphedProgram, GraphedStep, movable
 from llmcomp.options import Options
+from llmcomp.program import Executable
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 Results = tuple[Tensor | None, ...]
@@ -94,13 +97,13 @@ class Replay:
             results = self.function(*self.fixed, *map(any_rows, tensors))
         finally:
             _calls.reset(listening)
-        self._note(layouts, _bind(calls, tensors, results))
+        self._note(layouts, _bind(calls, tensors, results), tensors)
         return results
 
-    def _note(self, layouts: tuple[Layout, ...], bound: "_Bound | None") -> None:
+    def _note(self, layouts: tuple[Layout, ...], bound: "_Bound | None", tensors: Sequence[Tensor]) -> None:
         before = self._seen.get(layouts)
         if bound is not None and before is not None and bound.equals(before):
-            self._trusted[layouts] = bound
+            self._trusted[layouts] = bound.graphed(tensors)
         self._seen[layouts] = bound
 
 
@@ -116,6 +119,15 @@ class _Bound:
     def equals(self, other: "_Bound") -> bool:
         mine, others = (self.program, self.arguments, self.results), (other.program, other.arguments, other.results)
         return mine == others and len(self.inputs) == len(other.inputs) and all(map(_same, self.inputs, other.inputs))
+
+    def graphed(self, tensors: Sequence[Tensor]) -> "_Bound":
+        """The same, replayed as a CUDA graph where it can be; `tensors` are examples of the arguments."""
+        program = self.program.program if isinstance(self.program, GraphedProgram) else self.program
+        known = program.inputs if isinstance(program, Executable) else None
+        moving = tuple(place for place, _ in self.arguments)
+        if known is None or known.written.intersection(moving) or not all(map(movable, tensors)):
+            return self
+        return replace(self, program=GraphedStep(program, moving))
 
     def replay(self, tensors: Sequence[Tensor]) -> Results:
         inputs = list(self.inputs)

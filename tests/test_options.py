@@ -14,7 +14,7 @@ from llmcomp.options import MODES, Options, read_options, triton_interprets
 def test_defaults():
     options = read_options(None, None, {})
     assert options == Options(cache=Path.home() / ".cache" / "llmcomp")
-    assert not options.cuda_graphs and not options.tune_seconds
+    assert not options.captures and not options.tune_seconds
 
 
 def test_options_are_frozen_and_hashable():
@@ -31,6 +31,7 @@ def test_every_field_can_be_set():
         "verify": True,
         "threads": 3,
         "tune": 2.5,
+        "cuda_graphs": False,
         "kv_cache": "off",
         "kv_cache_bytes": 1 << 20,
         "kv_dtype": "int8",
@@ -44,7 +45,7 @@ def test_every_field_can_be_set():
 
 
 @pytest.mark.parametrize(
-    ("mode", "cuda_graphs", "seconds"),
+    ("mode", "captures", "seconds"),
     [
         ("default", False, 0.0),
         ("reduce-overhead", True, 0.0),
@@ -52,10 +53,10 @@ def test_every_field_can_be_set():
         ("max-autotune-no-cudagraphs", False, 60.0),
     ],
 )
-def test_modes(mode, cuda_graphs, seconds):
+def test_modes(mode, captures, seconds):
     assert mode in MODES
     options = read_options(None, mode, {})
-    assert (options.cuda_graphs, options.tune_seconds) == (cuda_graphs, seconds)
+    assert (options.captures, options.tune_seconds) == (captures, seconds)
 
 
 def test_seconds_of_tuning_win_over_the_mode():
@@ -66,8 +67,8 @@ def test_seconds_of_tuning_win_over_the_mode():
 @pytest.mark.parametrize(
     ("asked", "parts"),
     [
-        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, kv_cache"]),
-        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, kv_cache, kv_cache_bytes, cache, debug, dump"]),
+        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, cuda_graphs, kv_cache"]),
+        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, cuda_graphs, kv_cache, kv_cache_bytes, kv_dtype, cache, debug, dump"]),
         ({"target": "cuda"}, ["target", "auto, triton, cpp, reference", "'cuda'"]),
         ({"target": "trito"}, ["did you mean 'triton'"]),
         ({"target": ["cpp"]}, ["target", "['cpp']"]),
