@@ -37,7 +37,7 @@ POINTERS: dict[torch.dtype, str] = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
-    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fn: "*u8",  # kernels are given its bits: not every GPU knows the type
 }
 ALIGNMENT = 16  # bytes; what torch's allocator and our arena give every buffer
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)

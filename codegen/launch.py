@@ -252,6 +252,7 @@ class Heads(NamedTuple):
     width: int  # of a head, and of a value: the larger
     bytes: int = 2  # of an element of k and v
     window: bool = False  # queries do not see the first keys
+    unpacks: bool = False  # elements of k and v are widened by arithmetic, which takes registers
 
 
 def prefill_config(shape: Heads) -> Config:
@@ -285,7 +286,7 @@ def prefill_configs(shape: Heads) -> tuple[Config, ...]:
 
 def decode_config(shape: Heads) -> Config:
     """For few queries: the queries of a group of heads fill one tile."""
-    wide = power(shape.width) * shape.bytes > 256 or shape.bytes > 2
+    wide = power(shape.width) * shape.bytes > (128 if shape.unpacks else 256) or shape.bytes > 2
     return _decode(shape, 32 if wide else 64, 4, 2)
 
 

@@ -24,6 +24,7 @@ from llmcomp.codegen.triton_body import (
     Tile,
     Value,
     Writer,
+    as_bits,
     call,
     indexed,
     make_buffers,
@@ -32,7 +33,7 @@ from llmcomp.codegen.triton_body import (
     spell,
     statements,
 )
-from llmcomp.codegen.triton_expr import NARROW_FLOATS
+from llmcomp.codegen.triton_expr import DTYPES, NARROW_FLOATS
 from llmcomp.codegen.triton_file import (
     LAUNCH,
     arguments,
@@ -132,7 +133,19 @@ def _print_query(w: Writer, kernel: Attend, b: sympy.Expr, h: sympy.Expr) -> Non
     i = spell(str(kernel.queries.symbol))
     at = f"{_head(kernel.q, b, h)} + {_element(kernel.q, i, 'channel[None, :]')}"
     mask = _channel_mask("channel", kernel.head_dim, "[None, :]")
-    w.line(call("q_block = tl.load", [at, *_masked("row_inside", mask)], _to(kernel.q, kernel.k, kernel)))
+    to = "" if kernel.k_scale else _to(kernel.q, kernel.k, kernel)
+    w.line(call("q_block = tl.load", [at, *_masked("row_inside", mask)], to))
+
+
+def _print_heads(w: Writer, kernel: Attend, b: sympy.Expr, h: sympy.Expr) -> None:
+    """The addresses of the first key and the first value of a head, and of their scales."""
+    for name, operand in (("k", kernel.k), ("v", kernel.v)):
+        at = _head(operand, b, h)
+        coded = make_buffers(kernel.buffers)[operand.buffer] == torch.float8_e4m3fn
+        w.line(f"{name}_head = {as_bits(at) if coded else at}")
+    for name, scale in (("k", kernel.k_scale), ("v", kernel.v_scale)):
+        if scale is not None:
+            w.line(f"{name}_scale_head = {_head(scale, b, h)}")
 
 
 def _to(s: Strided, other: Strided, kernel: Attend) -> str:
@@ -225,9 +238,14 @@ def _print_block(w: Writer, kernel: Attend, grouped: bool) -> None:
     w.line(f"col_inside = prelude.inside({j}, last, run == 1)")
     at = f"k_head + {_element(kernel.k, j, 'channel[:, None]')}"
     masks = _masked("col_inside", _channel_mask("channel", kernel.head_dim, "[:, None]"))
-    w.line(call("k_block = tl.load", [at, *masks], _to(kernel.k, kernel.q, kernel)))
+    if kernel.k_scale:
+        _print_codes(w, kernel, kernel.k, [at, *masks], "k")
+        _print_scales(w, kernel.k_scale, "k", j, "col_inside")
+    else:
+        w.line(call("k_block = tl.load", [at, *masks], _to(kernel.k, kernel.q, kernel)))
     product = "prelude.dot(q_block, k_block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))"
-    w.line(f"score = {product}{'' if kernel.scale == 1.0 else f' * {kernel.scale!r}'}")
+    factor = "" if kernel.scale == 1.0 else f" * {kernel.scale!r}"
+    w.line(f"score = {product}{f' * (k_scale{factor})' if kernel.k_scale else factor}")
     w.lines(statements(kernel.score, tile))
     score = spell(kernel.score_value)
     if score != "score":
@@ -245,10 +263,33 @@ def _print_block(w: Writer, kernel: Attend, grouped: bool) -> None:
     at = f"v_head + {_element(kernel.v, 'key[:, None]', f'{channel}[None, :]')}"
     rows = "prelude.inside(key[:, None], last, run == 1)"
     masks = _masked(rows, _channel_mask(channel, kernel.value_dim, "[None, :]"))
-    w.line(call("v_block = tl.load", [at, *masks]))
+    if kernel.v_scale:
+        dtype = dtypes[kernel.q.buffer]
+        _print_codes(w, kernel, kernel.v, [at, *masks], "v")
+        if dtype == torch.float16:  # which a probability times a scale may be too small for
+            _print_scales(w, kernel.v_scale, "v", "key[:, None]", rows)
+            w.line("v_block = prelude.narrow(v_block.to(tl.float32) * v_scale, tl.float16)")
+        else:
+            _print_scales(w, kernel.v_scale, "v", j, "col_inside")
+            w.line("probability = probability * v_scale")
+    else:
+        w.line(call("v_block = tl.load", [at, *masks]))
     narrow = dtype if dtype in NARROW_FLOATS else torch.float32
     v = narrowed("v_block", dtype, narrow)
     w.line(f"output = prelude.dot({narrowed('probability', torch.float32, narrow)}, {v}, output * decay)")
+
+
+def _print_codes(w: Writer, kernel: Attend, operand: Strided, load: Sequence[str], name: str) -> None:
+    """A block of codes in the dtype of the queries, which holds them exactly."""
+    arguments = ["other=0" if a.startswith("other=") else a for a in load]
+    dtype = DTYPES[make_buffers(kernel.buffers)[kernel.q.buffer]]
+    w.line(call(f"{name}_block = prelude.decoded(tl.load", arguments, f", {dtype})"))
+
+
+def _print_scales(w: Writer, scale: Strided, name: str, position: str, mask: str) -> None:
+    """The scales of a block of keys or values."""
+    at = f"{name}_scale_head + {_element(scale, position, '0')}"
+    w.line(call(f"{name}_scale = tl.load", [at, *_masked(mask)]))
 
 
 def _store_output(w: Writer, kernel: Attend, b: sympy.Expr, h: sympy.Expr, i: str, rows: str) -> None:
@@ -278,8 +319,7 @@ def _print_prefill(w: Writer, kernel: Attend) -> None:
         _print_channels(w, kernel)
         _print_query(w, kernel, b, h)
         shared = FloorDiv(h, kernel.group) if kernel.group > 1 else h
-        w.line(f"k_head = {_head(kernel.k, b, shared)}")
-        w.line(f"v_head = {_head(kernel.v, b, shared)}")
+        _print_heads(w, kernel, b, shared)
         _print_range(w, kernel, grouped=False)
         if kernel.sinks:
             w.line(f"sink = tl.load({spell(kernel.sinks)} + {spell(str(h))}).to(tl.float32)")
@@ -312,8 +352,7 @@ def _print_decode(w: Writer, kernel: Attend) -> None:
         w.line(f"{i} = {indexed(Mod(rows, queries)) if queries != 1 else 'tl.zeros_like(row)'}")
         _print_channels(w, kernel)
         _print_query(w, kernel, b, h)
-        w.line(f"k_head = {_head(kernel.k, b, shared.symbol)}")
-        w.line(f"v_head = {_head(kernel.v, b, shared.symbol)}")
+        _print_heads(w, kernel, b, shared.symbol)
         _print_range(w, kernel, grouped=True)
         w.line("part = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N")
         w.line("first = first + split * part")
@@ -391,14 +430,16 @@ def _factor(expr: sympy.Expr | int) -> str:
 def _print_extents(w: Writer, kernel: Attend) -> None:
     i, dtypes = kernel.queries.symbol, make_buffers(kernel.buffers)
     last = sympy.Min(kernel.key_end.subs(i, kernel.queries.size - 1), kernel.keys.size)
+    multiplied = (kernel.k, kernel.v, *([kernel.q] if kernel.k_scale else []))
     fields = {
         "pairs": FloorDiv(kernel.batch.size * kernel.heads.size, kernel.group),
         "group": sympy.Integer(kernel.group),
         "queries": kernel.queries.size,
         "keys": sympy.Max(last - kernel.key_start.subs(i, 0), 0),
         "width": sympy.Integer(max(kernel.head_dim, kernel.value_dim)),
-        "bytes": sympy.Integer(max(dtypes[s.buffer].itemsize for s in (kernel.k, kernel.v))),
+        "bytes": sympy.Integer(max(dtypes[s.buffer].itemsize for s in multiplied)),
         "window": bool(kernel.key_start.has(i)),
+        "unpacks": dtypes[kernel.k.buffer] == torch.float8_e4m3fn,
     }
     extents_function(w, kernel.sizes, "Heads", fields)
 

@@ -38,7 +38,7 @@ RESERVED = frozenset(
     tiles depth operand expert first_row end_row start_row shape choose kernel BLOCK_N
     pair split splits channel value_channel first last whole part run begin end key key_start key_end peak
     peak_before shift probability decay total output sink q_block k_block v_block k_head v_head partial peaks
-    totals scratch hidden""".split()
+    totals scratch hidden k_scale v_scale k_scale_head v_scale_head""".split()
 )
 
 Dims = frozenset[str]
@@ -222,8 +222,15 @@ def load_text(s: Load, tile: Tile, widen: bool = True) -> tuple[str, list[str], 
         arguments.append(f"mask={mask}")
     if s.mask:
         arguments.append(f"other={literal(s.other, dtype)}")
+    if widen and dtype == torch.float8_e4m3fn:
+        return f"{spell(s.out)} = prelude.from_float8(tl.load", [as_bits(arguments[0]), *arguments[1:]], ")"
     convert = widen and dtype != s.dtype
     return f"{spell(s.out)} = tl.load", arguments, f".to({DTYPES[s.dtype]})" if convert else ""
+
+
+def as_bits(address: str) -> str:
+    """The address of a float8 as that of its bits: not every GPU knows the type."""
+    return f"({address}).to(tl.pointer_type(tl.uint8))"
 
 
 def _load(s: Load, tile: Tile) -> str:
@@ -231,7 +238,8 @@ def _load(s: Load, tile: Tile) -> str:
     tile.values[s.out] = Value(s.dtype, dims)
     if dims:
         return call(*load_text(s, tile))
-    text = f"tl.load({scalar_pointer(s)})"
+    bits = tile.buffers[s.buffer] == torch.float8_e4m3fn
+    text = f"prelude.from_float8(tl.load({as_bits(scalar_pointer(s))}))" if bits else f"tl.load({scalar_pointer(s)})"
     return f"{spell(s.out)} = tl.full({tile.shape(dims)}, {text}, {DTYPES[s.dtype]})"
 
 
@@ -280,8 +288,11 @@ def narrowed(value: str, have: torch.dtype, want: torch.dtype) -> str:
 
 def _store(s: Store, tile: Tile) -> str:
     dims = tile.of([*map(str, s.index.free_symbols), s.value, *([s.mask] if s.mask else [])])
-    value = narrowed(spell(s.value), tile.values[s.value].dtype, tile.buffers[s.buffer])
-    arguments = [pointer(s.buffer, s.index, dims, tile), value]
+    dtype, at = tile.buffers[s.buffer], pointer(s.buffer, s.index, dims, tile)
+    if dtype == torch.float8_e4m3fn:
+        arguments = [as_bits(at), f"prelude.to_float8({spell(s.value)})"]
+    else:
+        arguments = [at, narrowed(spell(s.value), tile.values[s.value].dtype, dtype)]
     if mask := tile.guard(dims, s.mask):
         arguments.append(f"mask={mask}")
     return call("tl.store", arguments)

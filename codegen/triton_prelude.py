@@ -56,6 +56,29 @@ def from_float8(x: tl.tensor) -> tl.tensor:
 
 
 @device
+def to_float8(x: tl.tensor) -> tl.tensor:
+    """The bits (uint8) of float32 `x` as a float8 e4m3, rounded to nearest even, on every GPU; up to 448, or NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+    # Below 2^-6 a float8 is a multiple of 2^-9: adding 2^14 makes the float adder round to one.
+    low = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, low, normal)
+    return (tl.where(x == x, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@device
+def decoded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Codes of a quantized cache, int8 or the bits of a float8 (uint8), as `dtype`, which holds them exactly."""
+    if x.dtype == tl.uint8:
+        return narrow(from_float8(x), dtype)
+    elif INTERPRETED:
+        return narrow(x.to(tl.float32), dtype)
+    else:
+        return x.to(dtype)
+
+
+@device
 def power_of_two(exponent: tl.tensor) -> tl.tensor:
     """2 ** (exponent - 127) of a stored exponent (uint8), as float32."""
     return (exponent.to(tl.uint32) << 23).to(tl.float32, bitcast=True)

@@ -353,12 +353,17 @@ class HostWriter:
     def _pointer(self, node: Node) -> str:
         return self.names[node]
 
+    def _bits(self, node: Node) -> str:
+        """A tensor as Triton takes it: the bits of a float8, since not every GPU knows the type."""
+        bits = ".view(torch.uint8)" if node.meta["val"].dtype == torch.float8_e4m3fn else ""
+        return f"{self._pointer(node)}{bits}"
+
     def launches(self, run: "Sequence[tuple[Step, int]]", built: Sequence[Built]) -> None:
         """A run of Triton kernels, launched one by one."""
         self.allocate(run)
         for step, which in run:
             assert step.lowered is not None
-            buffers = ", ".join(self._pointer(n) for n in step.lowered.buffers)
+            buffers = ", ".join(self._bits(n) for n in step.lowered.buffers)
             extents = ", ".join(self.expr(e) for e in step.lowered.sizes)
             status = ", index_status.word" if checks(step.lowered.kernel) else ""
             self.line(f"launch[{which}]([{buffers}], [{extents}]{status})  # {built[which].source.name}")

@@ -91,6 +91,21 @@ def test_attend_that_looks_its_keys_up(capability: int, sizes: tuple[int, ...]) 
     assert assemblies(kernel, sizes, capability)[0].widest_load == 16
 
 
+FP8 = torch.float8_e4m3fn
+CODED = [(80, torch.int8, (1, 4096)), (80, torch.int8, (512, 512)), (90, torch.int8, (1, 4096)),
+         (90, torch.int8, (512, 512)), (80, FP8, (1, 4096)), (90, FP8, (1, 4096)), (90, FP8, (512, 512))]  # fmt: skip
+
+
+@assembled
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("capability,codes,sizes", CODED)
+def test_attend_over_codes(capability: int, codes: torch.dtype, sizes: tuple[int, ...], dim: int) -> None:
+    case = test_triton_attend.Case(1, 1, heads=32, kv_heads=8, dim=dim, dtype=BF16, codes=codes)
+    found = assemblies(test_triton_attend.attend(case), sizes, capability)
+    assert found[0].tensor_core_instructions > 0
+    assert found[0].widest_load == 16
+
+
 SPILLING = """\
 import triton
 import triton.language as tl

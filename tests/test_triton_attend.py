@@ -50,6 +50,7 @@ class Case:
     sinks: bool = False
     offset: int | None = None  # of the first query; by default the last query is at the last key
     symbolic: bool = True
+    codes: torch.dtype | None = None  # of k and v, which have scales then
 
     @property
     def values(self) -> int:
@@ -115,7 +116,10 @@ def attend(case: Case) -> Attend:
     d, dv = sympy.Integer(case.dim), sympy.Integer(case.values)
     heads, kv_heads = sympy.Integer(case.heads), sympy.Integer(case.kv_heads)
     seen = [Buffer("sinks_ptr", F32)] if case.sinks else []
-    buffers = [Buffer(n, case.dtype) for n in ("q_ptr", "k_ptr", "v_ptr")]
+    buffers = [Buffer("q_ptr", case.dtype), *(Buffer(n, case.codes or case.dtype) for n in ("k_ptr", "v_ptr"))]
+    buffers += [Buffer(n, F32) for n in ("k_scale_ptr", "v_scale_ptr") if case.codes]
+    # The scales of one key after the other, as caches with headroom have them.
+    scaled = (kv_heads, sympy.Integer(1), case.batch * kv_heads, sympy.Integer(0))
     out = Strided("out_ptr", (queries * heads * dv, dv, heads * dv, sympy.Integer(1)))
     return Attend(
         "attention",
@@ -139,6 +143,7 @@ def attend(case: Case) -> Attend:
         end,
         "sinks_ptr" if case.sinks else None,
         "mask" if case.mask == "bool" else None,
+        *(Strided(n, scaled) if case.codes else None for n in ("k_scale_ptr", "v_scale_ptr")),
     )
 
 
@@ -147,7 +152,8 @@ def operands(case: Case) -> list[torch.Tensor]:
     q = torch.randn(case.batch, case.heads, case.queries, case.dim)
     k = torch.randn(case.batch, case.kv_heads, case.keys, case.dim)
     v = torch.randn(case.batch, case.kv_heads, case.keys, case.values)
-    found = [t.to(case.dtype) for t in (q, k, v)]
+    found = [q.to(case.dtype), *(t.mul(40 if case.codes else 1).to(case.codes or case.dtype) for t in (k, v))]
+    found += [torch.rand(case.keys, case.batch, case.kv_heads) / 20 for _ in range(2 if case.codes else 0)]
     if case.alibi:
         found.append(torch.tensor([0.5**n for n in range(1, case.heads + 1)]))
     if case.mask:
@@ -159,9 +165,20 @@ def operands(case: Case) -> list[torch.Tensor]:
     return found
 
 
+def decoded(case: Case, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The operands with keys and values in place of codes and scales."""
+    if case.codes is None:
+        return list(tensors)
+    q, *parts = tensors
+    plain = [
+        codes.float() * scale.permute(1, 2, 0)[..., None] for codes, scale in zip(parts[:2], parts[2:4], strict=True)
+    ]
+    return [q, *plain, *parts[4:]]
+
+
 def reference(case: Case, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """softmax(q . k) . v, (batch, position, head, channel), in double precision."""
-    q, k, v, *rest = (t if t.dtype == torch.bool else t.double() for t in tensors)
+    q, k, v, *rest = (t if t.dtype == torch.bool else t.double() for t in decoded(case, tensors))
     group = case.heads // case.kv_heads
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = q @ k.transpose(-1, -2) * case.dim**-0.5
@@ -198,7 +215,7 @@ def check(case: Case, config: object = None) -> None:
         assert_equal_float32(out, exact.float())
         return
     group = case.heads // case.kv_heads
-    q, k, v = (t.float() for t in tensors[:3])
+    q, k, v = (t.float() for t in decoded(case, tensors)[:3])
     visible = torch.ones(case.queries, case.keys, dtype=torch.bool)
     if case.causal:
         visible = visible.tril(case.start)
@@ -217,6 +234,24 @@ DECODE = Case(1, 140)  # in two parts
 @pytest.mark.parametrize("case", [PREFILL, DECODE, replace(PREFILL, kv_heads=1, queries=20)])
 def test_dtypes(dtype: torch.dtype, case: Case) -> None:
     check(replace(case, dtype=dtype))
+
+
+CODES = [torch.int8, torch.float8_e4m3fn]
+
+
+@interpreted
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("case", [PREFILL, DECODE, replace(PREFILL, queries=20, heads=4, dim=24)])
+def test_codes_with_scales(case: Case, dtype: torch.dtype, codes: torch.dtype) -> None:
+    check(replace(case, dtype=dtype, codes=codes))
+
+
+@interpreted
+@pytest.mark.parametrize("change", [{"mask": "bool", "window": 9}, {"sinks": True, "batch": 2}, {"softcap": 2.0}])
+@pytest.mark.parametrize("case", [replace(PREFILL, kv_heads=1), DECODE])
+def test_codes_under_masks(case: Case, change: dict[str, object]) -> None:
+    check(replace(case, codes=torch.int8, **change))  # type: ignore[arg-type]
 
 
 VARIANTS = [
@@ -571,7 +606,9 @@ def attention_combine(
 def extents(sizes):
     \"\"\"The sizes of the loops.\"\"\"
     s0, s1 = sizes
-    return launches.Heads(pairs=2, group=4, queries=s0, keys=s1, width=64, bytes=2, window=False)
+    return launches.Heads(
+        pairs=2, group=4, queries=s0, keys=s1, width=64, bytes=2, window=False, unpacks=False
+    )
 
 
 def default(sizes):

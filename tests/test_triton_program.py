@@ -10,20 +10,24 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from llmcomp.backend import Compiled, compile_model
+from llmcomp.cache_ops import KV_DTYPES, quantized
 from llmcomp.options import read_options
+from llmcomp.quantized_cache import QuantizedCacheTensor
 from llmcomp.report import GraphReport
 from tests.numerics import assert_equal_float32
 from tests.triton_worker import interpreted
 
 
-def compiled(fn: Callable[..., Tensor], reports: list[GraphReport]) -> Callable[..., Tensor]:
-    """`fn` behind the Triton target, all sizes symbolic."""
+def compiled(
+    fn: Callable[..., Any], reports: list[GraphReport], dynamic: bool | None = True, **options: object
+) -> Callable[..., Any]:
+    """`fn` behind the Triton target, all sizes symbolic unless said otherwise."""
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        return compile_model(gm, inputs, read_options({"target": "triton"}), reports.append)
+        return compile_model(gm, inputs, read_options({"target": "triton", **options}), reports.append)
 
     torch._dynamo.reset()
-    return torch.compile(fn, backend=backend, dynamic=True)
+    return torch.compile(fn, backend=backend, dynamic=dynamic)
 
 
 def parameters(vocabulary: int = 11, width: int = 24) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,6 +68,30 @@ def test_an_index_out_of_range_raises_at_the_next_call() -> None:
         with pytest.raises(IndexError, match="out of range"):
             other(torch.randn(3, 4))  # whichever program comes next
         fast(good, *given)
+
+
+def append(q: Tensor, past: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """A call of a model that is given a cache and returns it, longer."""
+    keys = torch.cat([past, k * 2], 2)
+    return F.scaled_dot_product_attention(q, keys, keys), keys
+
+
+@interpreted
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_quantized_cache(kv_dtype: str) -> None:
+    reports: list[GraphReport] = []
+    fast, dtype = compiled(append, reports, None, kv_dtype=kv_dtype), KV_DTYPES[kv_dtype]
+    keys: Tensor = torch.randn(2, 2, 4, 16)
+    exact: Tensor = QuantizedCacheTensor(*quantized(keys, dtype), keys.dtype)
+    with torch.no_grad():
+        for count in (5, 1, 1, 3):
+            q, k = torch.randn(2, 2, count, 16), torch.randn(2, 2, count, 16)
+            out, keys = fast(q, keys, k)
+            expected, exact = append(q, exact, k)
+            assert isinstance(keys, QuantizedCacheTensor) and isinstance(exact, QuantizedCacheTensor)
+            assert torch.equal(keys.codes.float(), exact.codes.float()) and torch.equal(keys.scale, exact.scale)
+            assert_equal_float32(out, expected)
+    assert len(reports) <= 4 and {e.op for e in reports[-1].program.externs} == {"llmcomp.cache_grow.default"}
 
 
 @interpreted
