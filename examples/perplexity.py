@@ -1,6 +1,7 @@
 """Perplexity of a causal language model on a text, counted with sliding windows.
 
 python examples/perplexity.py examples/tiny_llama --dtype bfloat16
+python examples/perplexity.py --kv-dtype int8 fp8               what a quantized KV cache costs
 """
 
 import argparse
@@ -68,18 +69,20 @@ def perplexity(
     window: int = 512,
     stride: int = 256,
     batch: int = 4,
+    use_cache: bool = False,
 ) -> Perplexity:
     """Perplexity of `model`, a transformers causal language model, compiled or not, on `text`.
 
     Each token is predicted from at least `window - stride` tokens before it (the first window apart), and
-    from at most `window`, the start token included. The sum is taken in float32 on the model's device.
+    from at most `window`, the start token included. The sum is taken in float32 on the model's device. With
+    `use_cache` the model makes a KV cache, and where that is quantized, predictions come from what it holds.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     inputs, labels = windows(ids, tokenizer.bos_token_id, window, stride)
     device = next(model.parameters()).device
     nll = 0.0
     for x, y in zip(torch.split(inputs, batch), torch.split(labels, batch), strict=True):
-        logits = model(input_ids=x.to(device), use_cache=False).logits
+        logits = model(input_ids=x.to(device), use_cache=use_cache).logits
         nll += F.cross_entropy(
             logits.flatten(0, 1).float(), y.flatten().to(device), ignore_index=IGNORED, reduction="sum"
         ).item()
@@ -95,6 +98,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", help='a torch.compile backend, e.g. "llmcomp" (default: eager)')
+    parser.add_argument(
+        "--kv-dtype", nargs="+", default=[], help="int8, fp8: what caches cost that llmcomp quantizes so"
+    )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--stride", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
@@ -106,9 +112,18 @@ def main() -> None:
         model.compile(backend=args.backend)
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     text = (args.text or args.folder / "heldout.txt").read_bytes()[: args.bytes].decode(errors="ignore")
-    start = time.perf_counter()
-    result = perplexity(model, tokenizer, text, window=args.window, stride=args.stride, batch=args.batch)
-    print(f"{result}, {args.dtype}, {time.perf_counter() - start:.1f} s")
+
+    def measured(name: str, **settings: int) -> Perplexity:
+        start, shape = time.perf_counter(), {"window": args.window, "stride": args.stride, "batch": args.batch}
+        result = perplexity(model, tokenizer, text, **shape, **settings)
+        print(f"{result}, {name}, {time.perf_counter() - start:.1f} s")
+        return result
+
+    exact = measured(args.dtype)
+    for kv_dtype in args.kv_dtype:
+        model.compile(backend="llmcomp", options={"kv_dtype": kv_dtype})
+        cost = measured(f"a cache in {kv_dtype}", use_cache=True).per_token / exact.per_token - 1
+        print(f"{kv_dtype} costs {100 * cost:+.3f} % of perplexity")
 
 
 if __name__ == "__main__":
