@@ -216,7 +216,7 @@ class _Printer:
         w.line(f'#include "{"contract" if self.packing is None else "packed"}.h"')
         w.line()
         if self.packing is not None and self.packing.format.bits == 4:
-            w.line(numbers(self.packing.format))
+            w.line(numbers(self.kernel, self.packing.format))
             w.line()
         self.print_part(w)
         w.line()
@@ -360,7 +360,8 @@ class _Printer:
         """The weights of the tile where they are stored in a format, and unpacked where many rows meet them."""
         assert self.packing is not None
         weight, room, width = self.name(a, "weight"), self.name(a, "copy"), self.width(tiles)
-        w.line(f"const {weights_type(self.kernel, self.packing)} {weight} = {tile(tiles.section, a, first)};")
+        start = tile(self.kernel, tiles.section, a, first)
+        w.line(f"const {weights_type(self.kernel, self.packing)} {weight} = {start};")
         w.line(f"const work::Memory {room}({self.names.operand}.room_for({width}));")
         unpacked = f"{self.names.operand}.unpack({room}.aligned(), {weight}, {width})"
         w.line(f"const auto* const {self.name(a, 'dense')} = {unpacked};")

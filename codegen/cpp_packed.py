@@ -7,8 +7,10 @@ from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
 from llmcomp.formats import Format
 
-NUMBERS = "numbers"
-"""The array that holds what 4-bit codes stand for."""
+
+def numbers_name(kernel: Contract) -> str:
+    """The array that holds what 4-bit codes stand for."""
+    return f"{kernel.name}_numbers"
 
 
 def packing_of(kernel: Contract) -> Packing | None:
@@ -27,7 +29,7 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
     return f"packed::Bytes<{MEMORY_TYPES[codes]}, {scale}, {form.group}>"
 
 
-def tile(section: Section, a: Accumulator, first: sympy.Expr) -> str:
+def tile(kernel: Contract, section: Section, a: Accumulator, first: sympy.Expr) -> str:
     """The initializer of a tile of weights whose first column is `first`."""
     weight, last = a.weight, section.axes[-1].symbol
     packing = weight.packing
@@ -40,7 +42,7 @@ def tile(section: Section, a: Accumulator, first: sympy.Expr) -> str:
     if packing.format.bits == 8:
         return f"{{{', '.join([*starts, *strides])}}}"
     starts.append("nullptr" if packing.zero is None else _at(packing.zero, row * packing.groups))
-    return f"{{{', '.join([*starts, *strides, NUMBERS])}}}"
+    return f"{{{', '.join([*starts, *strides, numbers_name(kernel)])}}}"
 
 
 def _at(buffer: str, offset: sympy.Expr) -> str:
@@ -48,8 +50,8 @@ def _at(buffer: str, offset: sympy.Expr) -> str:
     return buffer if offset == 0 else f"{buffer} + {index(offset)}"
 
 
-def numbers(form: Format) -> str:
+def numbers(kernel: Contract, form: Format) -> str:
     """The definition of the table of a 4-bit format."""
     assert form.table is not None
     values = ", ".join(f"{value!r}f" for value in form.table)
-    return f"static const float {NUMBERS}[16] = {{{values}}};"
+    return f"static const float {numbers_name(kernel)}[16] = {{{values}}};"

@@ -11,6 +11,7 @@ from llmcomp.errors import (
     BuildError,
     CacheError,
     CaptureError,
+    FormatError,
     GenerationError,
     LlmcompError,
     MemoryFullError,
@@ -21,8 +22,10 @@ from llmcomp.errors import (
 
 if TYPE_CHECKING:
     from llmcomp.explanation import Explanation, explain
+    from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
     from llmcomp.generation import custom_generate, generate, stream
     from llmcomp.options import Options
+    from llmcomp.quantization import Quantization, quantize_
     from llmcomp.reuse import reset
 
 __version__ = "0.1.0"
@@ -31,16 +34,25 @@ __all__ = [
     "CacheError",
     "CaptureError",
     "Explanation",
+    "Format",
+    "FormatError",
+    "Fp8",
     "GenerationError",
+    "Int4",
+    "Int8",
     "LlmcompError",
     "MemoryFullError",
+    "Mxfp4",
+    "Nf4",
     "OptionError",
     "Options",
     "PassError",
+    "Quantization",
     "VerifyError",
     "custom_generate",
     "explain",
     "generate",
+    "quantize_",
     "reset",
     "stream",
 ]
@@ -51,6 +63,9 @@ _LATER = {
     "explain": "llmcomp.explanation",
     "Options": "llmcomp.options",
     "reset": "llmcomp.reuse",
+    "Quantization": "llmcomp.quantization",
+    "quantize_": "llmcomp.quantization",
+    **dict.fromkeys(("Format", "Fp8", "Int4", "Int8", "Mxfp4", "Nf4"), "llmcomp.formats"),
     "custom_generate": "llmcomp.generation",
     "generate": "llmcomp.generation",
     "stream": "llmcomp.generation",

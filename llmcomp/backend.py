@@ -24,6 +24,7 @@ from llmcomp.passes.cached_graph import CACHED
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN
 from llmcomp.program import Executable, compile_program, usable
+from llmcomp.quantization import quantize_inputs
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.reuse import ReusingProgram
@@ -60,7 +61,12 @@ def compile_model(
     options: Options,
     watch: Callable[[GraphReport], None] = lambda report: None,
 ) -> Compiled:
-    """Compile one Dynamo graph; `watch` sees the report of each ATen graph that it becomes."""
+    """Compile one Dynamo graph; `watch` sees the report of each ATen graph that it becomes.
+
+    With the option `weights`, the weights that the graph reads are quantized first, in the model itself.
+    """
+    if options.weights is not None and quantize_inputs(example_inputs, options.weights):
+        compat.trace_again("weights were quantized")
 
     def compile_graph(graph: GraphModule, fake_inputs: Sequence[Any]) -> Program:
         with compat.real_tensors():  # passes look at constants and evaluate small functions

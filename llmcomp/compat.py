@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import GraphModule
@@ -126,6 +126,15 @@ def real_tensors() -> AbstractContextManager[None]:
     disable = private("torch.utils._python_dispatch", "_disable_current_modes", "suspends fake tensors and tracing")
     context: AbstractContextManager[None] = disable()
     return context
+
+
+def trace_again(reason: str) -> NoReturn:
+    """Called by a backend: Dynamo drops the graph at hand and traces the same call once more, from the beginning.
+
+    Of the restarts that Dynamo knows, this is the one that it lets through from a backend.
+    """
+    restart = private("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", "makes Dynamo trace a call again")
+    raise restart(restart_reason=reason)
 
 
 @contextmanager

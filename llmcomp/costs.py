@@ -42,7 +42,8 @@ def _is_parameter(node: Node) -> bool:
 
 def _read(buffer: Node, readers: Sequence[Node]) -> int:
     """Bytes read of a buffer: a gathered table counts the rows that are taken."""
-    gathers = [n for n in readers if n.target is torch.ops.aten.embedding.default and n.args[0] is buffer]
+    taking = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor)
+    gathers = [n for n in readers if n.target in taking and n.args[0] is buffer]
     if gathers:
         return sum(_bytes(n) for n in gathers)
     return _bytes(buffer)

@@ -60,8 +60,8 @@ class Format:
     def __post_init__(self) -> None:
         if self.group not in self.groups:
             raise OptionError(
-                f"expected a group of {type(self).__name__} to be one of {self.groups}, found {self.group!r}: pass one "
-                "of these (0: one scale for each row)"
+                f"expected the group of {type(self).__name__} to be one of {', '.join(map(str, self.groups))}, found "
+                f"{self.group!r}: pass one of these{' (0: one scale for each row)' if 0 in self.groups else ''}"
             )
 
     @property

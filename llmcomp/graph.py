@@ -301,7 +301,7 @@ SHORT: Mapping[torch.dtype, str] = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
-_SYMBOL = re.compile(r"\b[suz]f?\d+\b")
+_SYMBOL = re.compile(r"\b[suz]f?\d+\b(?!\[)")
 
 
 def text(graph: Graph) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcomp.errors import OptionError
+from llmcomp.formats import Format, names, parse_format
 
 TARGETS = ("auto", "triton", "cpp", "reference")
 # torch's own names. "default" and "max-autotune-no-cudagraphs" launch kernels one by one; "reduce-overhead"
@@ -38,6 +39,7 @@ class Options:
     tune: float | None = None  # seconds to search launch configurations, for each graph; None follows the mode
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
     cuda_graphs: bool | None = None  # replay launches as CUDA graphs; None: as the mode says, and in llmcomp.generate
+    weights: Format | None = None  # quantize the weights that compiled graphs read, in the model itself
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
     kv_dtype: str | None = None  # one of KV_DTYPES, of the caches that graphs return; None is the model's dtype
@@ -89,6 +91,11 @@ _RULES = {
     "tune": _Rule(
         "a number of seconds, or None for 60 with the max-autotune modes and 0 otherwise",
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
+    ),
+    "weights": _Rule(
+        f"a weight format: {', '.join(names())}, or None",
+        lambda v: v is None or isinstance(v, Format) or (isinstance(v, str) and v in names()),
+        lambda v: parse_format(v) if isinstance(v, str) else v,
     ),
     "cuda_graphs": _Rule("True, False or None", lambda v: v is None or isinstance(v, bool)),
     "kv_cache": _one_of(KV_CACHES),

@@ -16,6 +16,7 @@ from torch import nn
 
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
+from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 
 Choice = Format | str | None
@@ -101,6 +102,14 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
             form, reason = None, str(problem)
         planned.append((site, form, reason))
     return Quantization(tuple(_apply(*plan) for plan in planned))
+
+
+def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
+    """Quantize the weights among the inputs of a graph, in the models that hold them; whether any was."""
+    floats = [x for x in inputs if isinstance(x, nn.Parameter) and not isinstance(x, QuantizedTensor)]
+    read = {id(x) for x in floats}
+    done = [quantize_(model, spec, lambda weight: id(weight) in read) for model in models_of(floats)]
+    return any(found.quantized for found in done)
 
 
 class _Misfit(FormatError):

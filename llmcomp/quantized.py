@@ -80,7 +80,7 @@ class QuantizedTensor(Tensor):
         """The float matrix that this stands for, in the dtype that it reports."""
         return _dequantized(self)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedTensor({self.format}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     # ---- what AOTAutograd asks of a traceable wrapper ----

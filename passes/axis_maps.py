@@ -220,7 +220,9 @@ def axis_map(node: Node) -> tuple[Use, ...]:
 
 
 MAPS: Mapping[object, Uses] = {
-    **dict.fromkeys((ops.linear.default, ops.packed_linear.default, ops.rms_norm.default, ops.layer_norm.default), _but_last),
+    **dict.fromkeys(
+        (ops.linear.default, ops.packed_linear.default, ops.rms_norm.default, ops.layer_norm.default), _but_last
+    ),
     ops.dequantize.default: _dequantize,
     ops.rope.default: _rope,
     ops.gated.default: broadcast,

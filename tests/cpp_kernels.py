@@ -13,7 +13,8 @@ import torch
 from llmcomp.codegen.build import HEADERS, Compiler, Source, build, find_compiler
 from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp import render
-from llmcomp.codegen.kernel import Map, Rows
+from llmcomp.codegen.kernel import Kernel, Map, Rows
+from llmcomp.codegen.render import render_cpp
 
 
 def axis(name: str) -> sympy.Symbol:
@@ -48,7 +49,7 @@ class Library:
 class Call:
     """A kernel and what to run it on."""
 
-    kernel: Map | Rows
+    kernel: Kernel
     buffers: Sequence[torch.Tensor]
     sizes: Sequence[int]
 
@@ -73,7 +74,7 @@ FLAGS = "-std=c++17 -O1 -fopenmp -fwrapv -ffp-contract=off -fsanitize=address,un
 
 def sanitize(calls: Sequence[Call], folder: Path) -> str:
     """What the address and undefined-behaviour sanitizers say when a program makes the calls."""
-    sources = {c.kernel.name: render(c.kernel).text for c in calls}
+    sources = {c.kernel.name: render_cpp(c.kernel, ()).text for c in calls}
     lines = [*sources.values(), MAIN]
     for call in calls:
         buffers = [f"filled({b.numel() * b.element_size()})" for b in call.buffers]

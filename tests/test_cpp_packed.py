@@ -1,13 +1,16 @@
 """Quantized weights in C++ Contracts: every format, few and many rows, odd sizes; few or no vectors; the sanitizers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from llmcomp.codegen.build import Compiler, find_compiler
+from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_contract import render_contract
 from llmcomp.formats import names, parse_format
-from tests.cpp_kernels import Library, size
+from tests.cpp_kernels import Call, Library, sanitize, size
 from tests.numerics import assert_equal_float32, assert_no_worse
 from tests.packed_kernels import packed_buffers, packed_linear
 
@@ -23,23 +26,61 @@ def name_of(name: str, dtype: torch.dtype, k: int, n: int) -> str:
     return f"{name}_{str(dtype).split('.')[1]}_{k}_{n}"
 
 
+def unoptimized(folder: Path, flags: tuple[str, ...] = ()) -> Compiler:
+    """The compiler, in a hurry: many texts are tested, not what it makes of them."""
+    native = find_compiler(Cache(folder))
+    assert native is not None
+    return replace(native, flags=(*native.flags, *flags, "-O0"))
+
+
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Library]:
-    """One library a kernel: the table of a format is a constant of its file."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    kernels = [replace(packed_linear(S0, k, n, parse_format(f), t), name=name_of(f, t, k, n)) for f, t, k, n in SHAPES]
     folder = tmp_path_factory.mktemp("packed")
-    kernels = {name_of(*s): packed_linear(S0, s[2], s[3], parse_format(s[0]), s[1]) for s in SHAPES}
-    return {name: Library([render_contract(replace(k, name=name))], folder) for name, k in kernels.items()}
+    return Library([render_contract(kernel) for kernel in kernels], folder, unoptimized(folder))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: name_of(*s))
-@pytest.mark.parametrize("threads", [1, 2])
-def test_every_format(library: dict[str, Library], shape: tuple[str, torch.dtype, int, int], threads: int) -> None:
+def check(library: Library, symbol: str, shape: tuple[str, torch.dtype, int, int]) -> None:
     name, dtype, k, n = shape
     form = parse_format(name)
-    for rows in (1, 2, 3, 8, 9, 40):  # registers, and a tile that is unpacked once
+    for rows, threads in ((1, 1), (1, 2), (2, 1), (3, 2), (8, 1), (9, 2), (40, 2)):  # above 8 a tile is unpacked once
         buffers, exact = packed_buffers(rows, k, n, form, dtype)
-        assert library[name_of(*shape)].call(name_of(*shape), buffers, [rows], threads) == 0
+        assert library.call(symbol, buffers, [rows], threads) == 0
         if dtype == F32:
             assert_equal_float32(buffers[-1], exact.float())
         else:
             assert_no_worse(buffers[-1], exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: name_of(*s))
+def test_every_format(library: Library, shape: tuple[str, torch.dtype, int, int]) -> None:
+    check(library, name_of(*shape), shape)
+
+
+@pytest.mark.parametrize("name,dtype", [("int4", BF16), ("nf4_g32", F32), ("int8", BF16)])
+def test_optimized(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    kernel = packed_linear(S0, 256, 45, parse_format(name), dtype)
+    check(Library([render_contract(kernel)], tmp_path), kernel.name, (name, dtype, 256, 45))
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx",), ("-mno-avx512f",)], ids=["sse", "avx2"])
+def test_narrower_vectors(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """The twins of what AVX-512 does in one instruction."""
+    forms = [parse_format(name) for name in ("int4_g32", "nf4", "fp8", "int8_g32")]
+    kernels = [replace(packed_linear(S0, 192, 5, form, BF16), name=f"{form}_linear") for form in forms]
+    library = Library([render_contract(kernel) for kernel in kernels], tmp_path, unoptimized(tmp_path, flags))
+    for form, kernel in zip(forms, kernels, strict=True):
+        for rows in (1, 2, 5):
+            buffers, exact = packed_buffers(rows, 192, 5, form, BF16)
+            assert library.call(kernel.name, buffers, [rows], 1) == 0
+            assert_no_worse(buffers[-1], exact.to(BF16), exact)
+
+
+def test_nothing_outside_of_the_buffers_is_read(tmp_path: Path) -> None:
+    calls = []
+    for name in ("int8", "int8_g32", "int4_g32", "nf4_g32"):
+        form = parse_format(name)
+        for rows in (1, 11):
+            kernel = replace(packed_linear(S0, 96, 7, form, F32), name=f"{name}_{rows}")
+            calls.append(Call(kernel, packed_buffers(rows, 96, 7, form, F32)[0], [rows]))
+    assert sanitize(calls, tmp_path) == ""

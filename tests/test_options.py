@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from llmcomp.errors import OptionError
+from llmcomp.formats import Int4, Int8
 from llmcomp.options import MODES, Options, read_options, triton_interprets
 
 
@@ -32,6 +33,7 @@ def test_every_field_can_be_set():
         "threads": 3,
         "tune": 2.5,
         "cuda_graphs": False,
+        "weights": Int4(32),
         "kv_cache": "off",
         "kv_cache_bytes": 1 << 20,
         "kv_dtype": "int8",
@@ -41,7 +43,14 @@ def test_every_field_can_be_set():
     }
     assert set(asked) == {f.name for f in dataclasses.fields(Options)}
     stored = asked | {"cache": Path("/tmp/a")}
-    assert dataclasses.asdict(read_options(asked, None, {})) == stored
+    options = read_options(asked, None, {})
+    assert {f.name: getattr(options, f.name) for f in dataclasses.fields(Options)} == stored
+
+
+def test_weights_are_named_or_given():
+    assert read_options({"weights": "int8"}, None, {}).weights == Int8()
+    assert read_options({"weights": Int4(64)}, None, {}).weights == Int4(64)
+    assert read_options({"weights": None}, None, {}).weights is None
 
 
 @pytest.mark.parametrize(
@@ -67,8 +76,8 @@ def test_seconds_of_tuning_win_over_the_mode():
 @pytest.mark.parametrize(
     ("asked", "parts"),
     [
-        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune, cuda_graphs, kv_cache"]),
-        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune, cuda_graphs, kv_cache, kv_cache_bytes, kv_dtype, cache, debug, dump"]),
+        ({"verfy": True}, ["'verfy'", "did you mean 'verify'", "target, mode, verify, threads, tune"]),
+        ({"zzz": 1}, ["'zzz'", "target, mode, verify, threads, tune", "cache, debug, dump"]),
         ({"target": "cuda"}, ["target", "auto, triton, cpp, reference", "'cuda'"]),
         ({"target": "trito"}, ["did you mean 'triton'"]),
         ({"target": ["cpp"]}, ["target", "['cpp']"]),
@@ -82,6 +91,8 @@ def test_seconds_of_tuning_win_over_the_mode():
         ({"debug": -1}, ["debug", "-1"]),
         ({"cache": ""}, ["cache", "folder"]),
         ({"dump": 3}, ["dump", "folder", "3"]),
+        ({"weights": "int3"}, ["weights", "int8", "int4", "nf4", "'int3'"]),
+        ({"weights": 8}, ["weights", "int8", "8"]),
         ({3: True}, ["3", "the options are"]),
     ],
 )

@@ -1,0 +1,132 @@
+"""What each weight format costs a model and what it brings: perplexity, size and speed, beside the float model.
+
+    python -m llmcomp.evaluate examples/tiny_llama
+    python -m llmcomp.evaluate MODEL --formats int8,int4_g32 --text book.txt --dtype bfloat16
+
+MODEL is a folder that transformers loads. The text is that of `--text`, or heldout.txt in the folder. Speed is the
+median over rounds that take turns between the formats: tokens per second of greedy decoding at batch 1, compiled.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmcomp.formats import names, parse_format
+from llmcomp.perplexity import Perplexity, perplexity
+from llmcomp.quantization import quantize_
+
+DEFAULT_FORMATS = "int8,fp8,int4_g32,int4,nf4,mxfp4"
+
+
+@dataclass
+class Evaluated:
+    """One row of the table; `rates` are tokens per second of each round."""
+
+    name: str
+    quality: Perplexity
+    bytes: int
+    rates: list[float]
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, shared ones once."""
+    return sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+
+
+def decode(model: Any, new: int) -> float:
+    """Tokens per second of greedy decoding behind a prompt of 16 tokens."""
+    ids = torch.arange(3, 19, device=model.device)[None]
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, min_new_tokens=1, do_sample=False)
+    first = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )
+    return (new - 1) / (time.perf_counter() - first - (first - start))
+
+
+def evaluate(
+    model: Any, tokenizer: Any, text: str, formats: Sequence[str], *, window: int = 512, new: int = 65, rounds: int = 5
+) -> list[Evaluated]:
+    """The float model, then a copy of it in each format: perplexity on `text`, bytes, and speed in interleaved rounds.
+
+    Raises:
+        OptionError: a format that does not exist.
+    """
+    for given in formats:
+        parse_format(given)
+    choices: list[str | None] = [None, *formats]
+    rows, models = [], []
+    for name in choices:
+        made = copy.deepcopy(model)
+        if name is not None:
+            quantize_(made, name)
+        made.compile(backend="llmcomp")
+        quality = perplexity(made, tokenizer, text, window=window, stride=window // 2)
+        title = str(model.dtype).split(".")[-1] if name is None else name
+        print(f"{title}: {quality}", flush=True)
+        rows.append(Evaluated(title, quality, parameter_bytes(made), []))
+        models.append(made)
+    for made in models:
+        decode(made, new)  # compiles what is left
+    for _ in range(rounds):
+        for row, made in zip(rows, models, strict=True):
+            row.rates.append(decode(made, new))
+    return rows
+
+
+def table(rows: Sequence[Evaluated]) -> str:
+    """The rows as a Markdown table; the first is what the others are compared with."""
+    lines = ["| weights | MB | perplexity | rise | decode tok/s |", "| --- | --- | --- | --- | --- |"]
+    base = rows[0].quality.per_token
+    for r in rows:
+        rise = "" if r is rows[0] else f"{100 * (r.quality.per_token / base - 1):+.2f}%"
+        speed = f"{statistics.median(r.rates):.1f}" if r.rates else "-"
+        lines.append(f"| {r.name} | {r.bytes / 1e6:.2f} | {r.quality.per_token:.3f} | {rise} | {speed} |")
+    return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a folder that transformers loads")
+    parser.add_argument("--formats", default=DEFAULT_FORMATS, help=f"with commas, of {', '.join(names())}")
+    parser.add_argument("--text", type=Path, help="UTF-8 text (default: heldout.txt in the folder)")
+    parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--new", type=int, default=65, help="tokens of a decoding run")
+    parser.add_argument("--rounds", type=int, default=5, help="0: no speeds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table for one model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    args = parse(arguments)
+    file = args.text or args.model / "heldout.txt"
+    if not args.model.is_dir() or not file.is_file():
+        missing = args.model if not args.model.is_dir() else file
+        raise SystemExit(f"expected a folder with a model and a text to measure on, found no {missing}: see --help")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    text = file.read_bytes()[: args.bytes].decode(errors="ignore")
+    formats = [name for name in args.formats.split(",") if name]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    shape = {"window": args.window, "new": args.new, "rounds": args.rounds}
+    print(f"\n{table(evaluate(model, tokenizer, text, formats, **shape))}")
+
+
+if __name__ == "__main__":
+    main()
