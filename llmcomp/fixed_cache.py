@@ -5,6 +5,7 @@
 A step of a generation then has the same inputs as the one before, at the same addresses, and nothing of it is Python.
 Transformers' StaticCache is the same idea with a position for every layer, and with a number in Python where a window
 slides. Here layers with a window keep all positions; the mask hides what is outside the window, and attention skips it.
+What a program quantized (options={"kv_dtype": ...}) is kept as codes and scales, and so is what is written behind it.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from llmcomp.quantized_cache import QuantizedCacheTensor
 
 
 class FixedLayer(StaticLayer):
@@ -84,7 +87,8 @@ def _moved(past: Tensor, length: int, capacity: int) -> Tensor:
     """`past` in a larger buffer that ends at `length`: a layer with a window has forgotten what was first."""
     rows, heads, held, size = past.shape
     held = min(held, length)
-    buffer = past.new_zeros(rows, heads, capacity, size)
+    shape = (rows, heads, capacity, size)
+    buffer = past.room(shape) if isinstance(past, QuantizedCacheTensor) else past.new_zeros(shape)
     buffer[:, :, length - held : length] = past[:, :, :held]
     # A program that was compiled for one capacity serves all, and for several rows any number of them.
     torch._dynamo.maybe_mark_dynamic(buffer, [0, 2] if rows > 1 else 2)

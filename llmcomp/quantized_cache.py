@@ -75,6 +75,10 @@ class QuantizedCacheTensor(Tensor):
         """A plain tensor of what the codes stand for."""
         return torch.ops.llmcomp.cache_dequantize.default(self.codes, self.scale, self.dtype)  # type: ignore[no-any-return]
 
+    def room(self, shape: Sequence[int]) -> "QuantizedCacheTensor":
+        """A tensor (..., D) of zeros that holds codes as this one does."""
+        return QuantizedCacheTensor(self.codes.new_zeros(shape), self.scale.new_zeros((*shape[:-1], 1)), self.dtype)
+
     def overwrite(self, value: Tensor) -> "QuantizedCacheTensor":
         """Hold `value` (..., D) from now on, in the same memory."""
         codes, scale = _parts(value, self.codes.dtype)
@@ -154,7 +158,7 @@ def _copy_(func: OpOverload, x: Tensor, source: Tensor, non_blocking: bool = Fal
         return None
     if source.shape != x.shape:
         source = source.expand(x.shape)
-    return x.overwrite(source.to(x.dtype))
+    return x.overwrite(source if source.dtype == x.dtype else source.to(x.dtype))
 
 
 def _index_copy_(func: OpOverload, x: Tensor, dim: int, index: Tensor, source: Tensor) -> QuantizedCacheTensor | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import llmcomp
+from llmcomp import fixed_forward
 from llmcomp.headroom import owners
 from llmcomp.quantized_cache import QuantizedCacheTensor
 from llmcomp.report import GraphReport
@@ -144,6 +146,21 @@ def test_left_padding() -> None:
     prompt = left_padded((3, 9, 6))
     expected = eager.generate(**prompt, past_key_values=rounding(eager, "int8"), **GREEDY)
     assert torch.equal(compiled.generate(**prompt, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_llmcomp_generate_keeps_codes(
+    graphs: list[GraphReport], monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    eager, compiled = pair(llama, kv_dtype)
+    monkeypatch.setattr(fixed_forward, "ROOM", 8)  # so that the cache is full once
+    ids, longer = tokens(2, 9), {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    expected = eager.generate(ids, past_key_values=rounding(eager, kv_dtype), **longer)
+    found = llmcomp.generate(compiled, ids, **longer, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    assert isinstance(found.past_key_values.layers[0].values, QuantizedCacheTensor)
+    steps = [g for g in graphs if any("cache_write" in k.name for k in g.program.kernels)][1:]
+    assert steps and all(p.report.near_misses == [] for g in steps for p in g.passes if p.name == "quantize_cache")
 
 
 def test_crops_reorders_and_a_returned_cache_go_on() -> None:
