@@ -53,8 +53,8 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @custom_op("llmcomp::cache_dequantize", mutates_args=())
 def cache_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What codes (..., D) with scales (..., 1) stand for, in `dtype`, laid out as the codes."""
-    return laid_out_like(codes, (codes.to(scale.dtype) * scale).to(dtype))
+    """What codes (..., D) with scales (..., 1) stand for, in `dtype`, contiguous."""
+    return (codes.to(scale.dtype) * scale).to(dtype).contiguous()
 
 
 @cache_dequantize.register_fake
@@ -62,7 +62,7 @@ def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     torch._check(codes.dim() == scale.dim())
     for n, m in zip(codes.shape[:-1], scale.shape[:-1], strict=True):
         torch._check(n == m)
-    return torch.empty_like(codes, dtype=dtype)
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,8 @@ class QuantizedCacheTensor(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> "QuantizedCacheTensor":
-        return torch.Tensor._make_wrapper_subclass(
-            cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device
-        )
+        # Contiguous, as what it is dequantized to, wherever the codes lie: a program may move them.
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self.codes, self.scale = codes, scale
@@ -132,7 +131,9 @@ def _along(func: OpOverload, x: QuantizedCacheTensor, dim: int = 0, *args: Any) 
 
 
 def _index(func: OpOverload, x: Tensor, indices: Sequence[Tensor | None]) -> QuantizedCacheTensor | None:
-    if not isinstance(x, QuantizedCacheTensor) or len(indices) >= x.dim():
+    """Rows by their numbers; a mask is for plain tensors, as it may reach to the channels."""
+    numbers = all(i is None or i.dtype in (torch.int64, torch.int32) for i in indices)
+    if not isinstance(x, QuantizedCacheTensor) or len(indices) >= x.dim() or not numbers:
         return None
     return QuantizedCacheTensor(func(x.codes, indices), func(x.scale, indices), x.dtype)
 

@@ -148,6 +148,13 @@ def test_left_padding() -> None:
     assert torch.equal(compiled.generate(**prompt, **GREEDY), expected)
 
 
+def test_verify(graphs: list[GraphReport]) -> None:
+    """Passes and kernels are measured against the graph that quantizes."""
+    eager, compiled = pair(llama, "int8", verify=True)
+    expected = generated(eager, "int8", input_ids=tokens(1, 9))
+    assert torch.equal(generated(compiled, input_ids=tokens(1, 9)).sequences, expected.sequences) and len(graphs) == 3
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_llmcomp_generate_keeps_codes(
     graphs: list[GraphReport], monkeypatch: pytest.MonkeyPatch, kv_dtype: str

@@ -89,8 +89,9 @@ def test_what_caches_do_works_on_codes(fn: Callable[[Tensor], Tensor], dtype: to
         lambda t: t.float(),
         lambda t: t.repeat_interleave(2, 0),
         lambda t: t == 0,
+        lambda t: t[t > 0],
     ],
-    ids="add mean transpose channels cast repeat compare".split(),
+    ids="add mean transpose channels cast repeat compare mask".split(),
 )
 def test_anything_else_works_on_what_they_stand_for(fn: Callable[[Tensor], Tensor]) -> None:
     t = held(values().bfloat16())
