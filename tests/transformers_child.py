@@ -43,6 +43,13 @@ class Compiled:
         if not self.names:
             report({"names": list(found)})
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            print(report.longreprtext, file=sys.stderr)
+
+    def pytest_runtest_setup(self) -> None:
+        seed()
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         with everything_compiled(self.count, in_place=item.name not in WITH_CONFIG):
@@ -58,6 +65,16 @@ class Compiled:
     def pytest_runtest_logfinish(self) -> None:
         report({**summary(self.reports), "graphs": self.graphs})
         self.graphs, self.reports = 0, []
+
+
+def seed() -> None:
+    """Give a test the same weights and inputs each time: from torch, and from a generator of their own."""
+    import torch
+
+    torch.manual_seed(0)
+    common = sys.modules.get("tests.test_modeling_common")
+    if common is not None:
+        common.global_rng.seed(0)
 
 
 def about_generation(item: pytest.Item) -> bool:
