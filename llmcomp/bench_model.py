@@ -39,7 +39,23 @@ LLAMA_1B = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
-MODELS: dict[str, dict[str, object]] = {"narrow": dict(NARROW), "tiny": dict(TINY), "llama-3.2-1b": dict(LLAMA_1B)}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, dict[str, object]] = {
+    "narrow": dict(NARROW),
+    "tiny": dict(TINY),
+    "llama-3.2-1b": dict(LLAMA_1B),
+    "llama-3-8b": dict(LLAMA_8B),
+}
 
 # Random numbers are slow to draw by the billion: one stretch of them is repeated, of a prime length, so that
 # no two rows of a weight are equal.

@@ -2,6 +2,7 @@
 
     {"do": "generate", "batch": 1, "prompt": 64, "new": 64}  ->  {"first": 0.1, "rest": 2.5, "tokens": [...]}
     {"do": "grow", "start": 64, "stop": 128, ...}            ->  {"seconds": {...}, "chosen": {...}, "tokens": [...]}
+    {"do": "steps", "batch": 1, "context": 64, ...}          ->  {"seconds": [...], "host": 2e-5, "tokens": [...]}
     {"do": "memory"}                                         ->  {"peak": 2.5e9, "base": 0.4e9}
     {"do": "compiling"}                                      ->  {"dynamo": 5.1, "backend": 4.2, "llmcomp": 1.2}
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llmcomp import compat, generation
 from llmcomp.bench_model import Setup, bytes_per_token
+from llmcomp.bench_steps import Steps
 
 MARK = "bench:"
 
@@ -36,15 +39,25 @@ class Peer:
     backend: str | None
     mode: str | None = None
     loop: str = "transformers"  # whose generate: model.generate or llmcomp.generate
+    static: bool = False  # a static cache, for which transformers compiles decoding itself
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# Inductor's programmatic dependent launch; torch reads it when it starts.
+PDL = {"TORCHINDUCTOR_ENABLE_PDL": "1"}
 PEERS = {
     "eager": Peer(None),
     "dynamo": Peer("eager"),  # Dynamo's own trace, which every backend pays for
     "inductor": Peer("inductor"),
     "inductor-freezing": Peer("inductor", environment={"TORCHINDUCTOR_FREEZING": "1"}),
     "inductor-max-autotune": Peer("inductor", "max-autotune"),
+    "inductor-reduce-overhead": Peer("inductor", "reduce-overhead"),
+    "hf-static": Peer(None, static=True),
+    "hf-reduce-overhead": Peer("inductor", "reduce-overhead", static=True),
+    "hf-max-autotune": Peer("inductor", "max-autotune", static=True),
+    "hf-reduce-overhead-pdl": Peer("inductor", "reduce-overhead", static=True, environment=PDL),
+    "hf-max-autotune-pdl": Peer("inductor", "max-autotune", static=True, environment=PDL),
+    "hf-llmcomp": Peer("llmcomp", "reduce-overhead", static=True),
     "llmcomp": Peer("llmcomp"),
     "llmcomp-max-autotune": Peer("llmcomp", "max-autotune"),
     "llmcomp-generate": Peer("llmcomp", loop="llmcomp"),
@@ -71,7 +84,24 @@ def loop_of(model: Any, loop: str) -> Callable[..., Tensor]:
     return generates
 
 
-def generate(run: Callable[..., Tensor], setup: Setup, batch: int, prompt: int, new: int) -> dict[str, Any]:
+def settings_of(peer: Peer) -> dict[str, Any]:
+    """What a generation of `peer` is asked for beside its length."""
+    if not peer.static:
+        return {"disable_compile": True}
+    if peer.backend is None:
+        return {"cache_implementation": "static", "disable_compile": True}
+    compiling = transformers.CompileConfig(backend=peer.backend, mode=peer.mode or "default")
+    return {"cache_implementation": "static", "compile_config": compiling}
+
+
+def generate(
+    run: Callable[..., Tensor],
+    setup: Setup,
+    batch: int,
+    prompt: int,
+    new: int,
+    settings: Mapping[str, Any] = MappingProxyType({"disable_compile": True}),
+) -> dict[str, Any]:
     """Seconds to the first token and from there to the last, and the tokens of the first row."""
     ids, clock = setup.prompt(batch, prompt), Clock()
     start = time.perf_counter()
@@ -82,8 +112,8 @@ def generate(run: Callable[..., Tensor], setup: Setup, batch: int, prompt: int, 
             max_new_tokens=new,
             min_new_tokens=new,
             do_sample=False,
-            disable_compile=True,
             streamer=clock,
+            **settings,
         )
     first, last = clock.times[1], clock.times[-1]
     return {"first": first - start, "rest": last - first, "tokens": out[0, prompt:].tolist()}
@@ -137,16 +167,18 @@ def main() -> None:
     torch.set_num_threads(setup.threads)
     base = resident()
     model = setup.build()
-    if peer.backend is not None:
+    if peer.backend is not None and not peer.static:
         model.compile(backend=peer.backend, mode=peer.mode)
     answer({"weights": bytes_per_token(model), "pid": os.getpid()})
-    run = loop_of(model, peer.loop)
+    run, steps = loop_of(model, peer.loop), Steps(model, setup, peer.backend, peer.mode)
     for command in commands():
         match command.pop("do"):
             case "generate":
-                answer(generate(run, setup, **command))
+                answer(generate(run, setup, settings=settings_of(peer), **command))
             case "grow":
                 answer(grow(model, setup, **command))
+            case "steps":
+                answer(steps.measure(**command))
             case "compiling":
                 answer(compat.compile_seconds())
             case _:

@@ -28,7 +28,7 @@ LAYERS = (
     ("llmcomp.explanation", "llmcomp.replay"),
     ("llmcomp.fixed_forward", "llmcomp.decoding", "llmcomp.generation"),
     (
-        *(f"llmcomp.bench_{part}" for part in ("growing", "machine", "model", "overhead", "peer", "process")),
+        *(f"llmcomp.bench_{part}" for part in ("gpu", "growing", "kernels", "machine", "model", "overhead", "peer", "process", "steps", "timing")),
         "llmcomp.bench",
     ),
     ("llmcomp",),
