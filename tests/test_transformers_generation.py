@@ -23,7 +23,7 @@ SECONDS = 3600.0  # for the tests of one model
 
 # Folders of tests/models.
 MODELS = """llama gpt2 mistral gemma2 gemma3 qwen3 mixtral phi3 gpt_neox opt bloom falcon gpt_oss
-    deepseek_v3 mamba t5 bart""".split()
+    deepseek_v3 mamba mamba2 t5 bart""".split()
 
 FLASH = "needs a GPU and the package flash_attn"
 TWO_GPUS = "needs two GPUs"
@@ -50,14 +50,121 @@ SKIPPED: Mapping[str, str] = {
     "test_generate_with_mtp": "needs a model that was published with layers that draft tokens",
 }
 
+NO_LOGITS = "has no argument logits_to_keep"
+NO_POSITIONS = "has no argument position_ids"
+NO_PACKING = "takes no more than one sequence in a row, says transformers"
+NO_SDPA = "refuses the attention implementation sdpa"
+NO_ATTENTION = "has no attention"
+NO_CACHE = "returns no past_key_values"
 NO_RECURRENCE = "has no recurrent layers"
-RECURRENT = ("mamba",)
+STATEFUL = "a recurrent state can't be cropped, which is what assisted generation does"
+WINDOWS = "the test's mask knows of no sliding window"
+NO_STATIC = "takes no StaticCache"
+TWO_CACHES = "the test knows of no cache for an encoder and a decoder"
+DECODER = "the test is about models without an encoder"
+IMAGES = "the test makes no embeddings of images"
+NOT_ASSISTED = "is not compatible with assisted generation, says transformers"
+LATENT = "the test's shapes are not those of latent attention"
 
-# What is not run for single models: (model, test) -> reason.
-SKIPPED_OF: Mapping[tuple[str, str], str] = {
-    (model, "test_recurrent_layers_mask_padding_on_continued_forward"): NO_RECURRENCE
-    for model in MODELS
-    if model not in RECURRENT
+PACKING = {f"test_{kind}_padding_matches_padding_free_with_position_ids": NO_PACKING for kind in ("eager", "sdpa")}
+LOGITS = {
+    "test_forward_with_logits_to_keep": NO_LOGITS,
+    "test_generate_methods_with_logits_to_keep": NO_LOGITS,
+}
+ASSISTED = (
+    "test_assisted_decoding_matches_greedy_search_0_random",
+    "test_assisted_decoding_matches_greedy_search_1_same",
+    "test_assisted_decoding_sample",
+    "test_prompt_lookup_decoding_matches_greedy_search",
+)
+FROM_EMBEDDINGS = (
+    "test_generate_continue_from_inputs_embeds",
+    "test_generate_from_inputs_embeds_with_static_cache",
+    "test_generate_from_inputs_embeds_0_greedy",
+    "test_generate_from_inputs_embeds_1_beam_search",
+)
+NOT_RECURRENT = {"test_recurrent_layers_mask_padding_on_continued_forward": NO_RECURRENCE}
+SCAN = {
+    **dict.fromkeys(ASSISTED, STATEFUL),
+    "test_custom_4d_attention_mask": NO_ATTENTION,
+    "test_left_padding_compatibility": NO_ATTENTION,
+    "test_eager_matches_sdpa_generate": NO_SDPA,
+    **dict.fromkeys(PACKING, NO_ATTENTION),
+    "test_generate_continue_from_inputs_embeds": NO_CACHE,
+    "test_generate_continue_from_past_key_values": NO_CACHE,
+    "test_past_key_values_format": NO_CACHE,
+    "test_generate_with_and_without_position_ids": NO_POSITIONS,
+}
+TWO_STACKS = {
+    **PACKING,
+    **LOGITS,
+    **dict.fromkeys(FROM_EMBEDDINGS, DECODER),
+    "test_generate_with_static_cache": TWO_CACHES,
+    "test_left_padding_compatibility": DECODER,
+    "test_generate_with_and_without_position_ids": NO_POSITIONS,
+}
+
+# What is not run for single models: model -> test (of all its classes, or of the one that is named) -> reason.
+SKIPPED_OF: Mapping[str, Mapping[str, str]] = {
+    "llama": NOT_RECURRENT,
+    "gpt2": NOT_RECURRENT | LOGITS,
+    "mistral": NOT_RECURRENT | {"test_custom_4d_attention_mask": WINDOWS},
+    "gemma2": NOT_RECURRENT
+    | {
+        "test_custom_4d_attention_mask": WINDOWS,
+        "test_eager_matches_sdpa_generate": NO_SDPA,
+        "test_sdpa_padding_matches_padding_free_with_position_ids": NO_SDPA,
+    },
+    "gemma3": NOT_RECURRENT
+    | PACKING
+    | {
+        "Gemma3TextModelTest::test_custom_4d_attention_mask": WINDOWS,
+        **{f"Gemma3Vision2TextModelTest::{test}": IMAGES for test in FROM_EMBEDDINGS},
+    },
+    "qwen3": NOT_RECURRENT,
+    "mixtral": NOT_RECURRENT,
+    "phi3": NOT_RECURRENT,
+    "gpt_neox": NOT_RECURRENT,
+    "opt": NOT_RECURRENT | PACKING,
+    "bloom": NOT_RECURRENT
+    | PACKING
+    | {
+        "test_custom_4d_attention_mask": "biases by position come from a mask of two dimensions",
+        "test_eager_matches_sdpa_generate": NO_SDPA,
+        "test_generate_with_and_without_position_ids": NO_POSITIONS,
+    },
+    "falcon": NOT_RECURRENT | PACKING,
+    "gpt_oss": NOT_RECURRENT
+    | PACKING
+    | {"test_custom_4d_attention_mask": WINDOWS, "test_eager_matches_sdpa_generate": NO_SDPA},
+    "deepseek_v3": NOT_RECURRENT
+    | dict.fromkeys(ASSISTED, NOT_ASSISTED)
+    | {
+        "test_beam_search_generate_dict_outputs_use_cache": LATENT,
+        "test_greedy_generate_dict_outputs_use_cache": LATENT,
+        "test_eager_matches_sdpa_generate": "needs a GPU with 20 GiB",
+    },
+    "mamba": SCAN
+    | {
+        "test_beam_sample_generate": "embeddings give other results than tokens, says transformers",
+        "test_generate_compilation_all_outputs": NO_STATIC,
+        "test_generate_compile_model_forward_fullgraph": NO_STATIC,
+        "test_generate_from_inputs_embeds_with_static_cache": NO_STATIC,
+        "test_generate_with_static_cache": NO_STATIC,
+        "test_static_cache_no_recompile_with_smaller_length": NO_STATIC,
+        "test_recurrent_layers_mask_padding_on_continued_forward": "its convolution can't go on from a chunk",
+    },
+    "mamba2": SCAN,
+    "t5": NOT_RECURRENT | TWO_STACKS,
+    "bart": NOT_RECURRENT
+    | PACKING
+    | {"test_generate_with_and_without_position_ids": NO_POSITIONS}
+    | {f"BartModelTest::{test}": reason for test, reason in TWO_STACKS.items()}
+    | {
+        "BartStandaloneDecoderModelTest::test_generate_continue_from_inputs_embeds": NO_CACHE,
+        "BartStandaloneDecoderModelTest::test_generate_continue_from_past_key_values": NO_CACHE,
+        "BartStandaloneDecoderModelTest::test_left_padding_compatibility": "was not made for padding on the left",
+    },
 }
 
 # Tests that call no model.
@@ -76,7 +183,7 @@ def command(checkout: str, model: str, names: Sequence[str]) -> list[str]:
 def names_of(checkout: str, model: str) -> list[str]:
     """The tests of a model that this test runs."""
     found, _, detail = run_child(command(checkout, model, ()), SECONDS, {})
-    assert found, f"no generation tests in {checkout} of {model}: {detail}"
+    assert found and found[0]["names"], f"no generation tests in {checkout} of {model}: {detail}"
     names: list[str] = found[0]["names"]
     return [n for n in names if not skipped(model, n)]
 
@@ -84,7 +191,8 @@ def names_of(checkout: str, model: str) -> list[str]:
 def skipped(model: str, name: str) -> str | None:
     """Why a test of a model is not run; None if it is."""
     test = name.rpartition("::")[2]
-    return SKIPPED.get(test) or SKIPPED_OF.get((model, test)) or SKIPPED_OF.get((model, name))
+    own = SKIPPED_OF.get(model, {})
+    return SKIPPED.get(test) or own.get(test) or own.get(name)
 
 
 def run(checkout: str, model: str, names: Sequence[str]) -> Iterator[Outcome]:
@@ -188,5 +296,13 @@ def test_models_are_compiled_when_built() -> None:
 
 
 def test_every_row_has_a_reason() -> None:
-    assert all(SKIPPED.values()) and all(SKIPPED_OF.values())
-    assert {model for model, _ in SKIPPED_OF} <= set(MODELS)
+    assert set(SKIPPED_OF) == set(MODELS)
+    for tests in (SKIPPED, *SKIPPED_OF.values()):
+        assert all(reason and "test_" in name for name, reason in tests.items())
+
+
+def test_rows_are_of_a_test_or_of_a_test_of_one_class() -> None:
+    assert skipped("llama", "LlamaModelTest::test_generate_with_mtp") == SKIPPED["test_generate_with_mtp"]
+    assert skipped("llama", "LlamaModelTest::test_greedy_generate") is None
+    assert skipped("bart", "BartModelTest::test_generate_with_static_cache") == TWO_CACHES
+    assert skipped("bart", "BartStandaloneDecoderModelTest::test_generate_with_static_cache") is None
