@@ -83,6 +83,11 @@ class QuantizedCacheTensor(Tensor):
         codes, scale = _parts(value, self.codes.dtype)
         self.codes.copy_(codes)
         self.scale.copy_(scale)
+        return self._written()
+
+    def _written(self) -> "QuantizedCacheTensor":
+        """Count a write into codes and scales, which autograd does for plain tensors: somebody may share them."""
+        torch.autograd.graph.increment_version([t for t in (self.codes, self.scale) if not t.is_inference()])
         return self
 
 
@@ -168,4 +173,4 @@ def _index_copy_(func: OpOverload, x: Tensor, dim: int, index: Tensor, source: T
     codes, scale = _parts(source, x.codes.dtype)
     func(x.codes, dim, index, codes)
     func(x.scale, dim, index, scale)
-    return x
+    return x._written()

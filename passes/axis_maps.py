@@ -18,6 +18,7 @@ from torch.fx import Node
 import llmcomp.ops  # noqa: F401  (defines torch.ops.llmcomp)
 from llmcomp.graph import argument, is_tensor, known, same_size, source, tensors, val
 from llmcomp.passes.relations import is_pointwise
+from llmcomp.quantized_cache import cache_tensor
 
 aten, ops = torch.ops.aten, torch.ops.llmcomp
 
@@ -226,6 +227,8 @@ MAPS: Mapping[object, Uses] = {
     ops.dequantize.default: _dequantize,
     ops.rope.default: _rope,
     ops.gated.default: broadcast,
+    ops.cache_scale.default: _but_last,
+    **dict.fromkeys((ops.cache_quantize.default, ops.cache_dequantize.default, cache_tensor), broadcast),
     **dict.fromkeys(
         (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.zeros_like.default,
          aten.ones_like.default, aten.full_like.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor,

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.graph import is_tensor, source, val
 from llmcomp.passes.axis_maps import Use, axis_map, result_axis
+from llmcomp.passes.groups import NOTATIONS
 from llmcomp.passes.relation_rules import CREATIONS_LIKE, RESHAPES, RUNNING, index_uses, indices, part_start
 from llmcomp.passes.relations import Kind, Mixing, Relation, expression
 
@@ -64,7 +65,9 @@ def content(result: Node, relations: dict[Node, Relation]) -> Node:
 
 def _demand(demands: Demands, relations: dict[Node, Relation], node: Node, version: Version) -> None:
     relation = relations.get(node)
-    if relation is not None and relation.computed and relation.along and not version and node.op != "placeholder":
+    kept = relation is not None and relation.computed and relation.along and not version and node.op != "placeholder"
+    if kept and node.target not in NOTATIONS:  # of these what they are made of is kept
+        assert relation is not None
         if node not in demands.kept:
             _check_kept(node, relation)
             demands.kept.append(node)

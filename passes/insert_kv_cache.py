@@ -25,13 +25,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
-from llmcomp.graph import insert, is_contiguous, is_tensor, replace, val
+from llmcomp.graph import insert, is_contiguous, is_tensor, replace, source, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.demand import Demands, content, find_demands
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.relation_experts import ordered
 from llmcomp.passes.relation_rules import POINTWISE, RULES
 from llmcomp.passes.relations import Mixing, Relation, Rules, expression, relate
+from llmcomp.quantized_cache import cache_tensor
 
 PLAN = "kv_cache"
 """The key of a graph module's meta under which the pass leaves its proof."""
@@ -177,7 +178,8 @@ def results(graph: Graph) -> list[Node]:
 
 def lent(plan: Plan, result: Node) -> Slot | None:
     """The slot whose memory a result of the cached graph shows, or None where it has its own."""
-    slot = plan.slot(content(result, plan.relations))
+    node = content(result, plan.relations)
+    slot = plan.slot(source(node) if node.target is cache_tensor else node)
     return None if slot is None or is_copied(slot, result) else slot
 
 

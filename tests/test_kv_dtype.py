@@ -148,6 +148,24 @@ def test_left_padding() -> None:
     assert torch.equal(compiled.generate(**prompt, **GREEDY), expected)
 
 
+def test_a_loop_without_a_cache_keeps_codes(graphs: list[GraphReport]) -> None:
+    eager, compiled = pair(llama, "int8")
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        for call in range(8):
+            expected = eager(ids, past_key_values=rounding(eager, "int8"))
+            found = compiled(ids)
+            keys, same = (out.past_key_values.layers[0].keys for out in (found, expected))
+            assert isinstance(keys, QuantizedCacheTensor)
+            torch.testing.assert_close(keys.dequantized(), same, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-4)
+            if call == 6:
+                keys.mul_(2)  # which the next call notices
+            ids = torch.cat([ids, found.logits[:, -1:].argmax(-1)], 1)
+    step = graphs[-1]
+    assert step.kind == "cached" and {e.op for e in step.program.externs} == {"llmcomp.cache_grow.default"}
+
+
 def test_verify(graphs: list[GraphReport]) -> None:
     """Passes and kernels are measured against the graph that quantizes."""
     eager, compiled = pair(llama, "int8", verify=True)
