@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from llmcomp.bench_timing import Limits, limits
 
 ROOT = Path(__file__).resolve().parent.parent
 PART_SECONDS = 560.0
+TEST_SECONDS = 500.0
 GPT2 = {"n_positions": 1024, "tie_word_embeddings": True}
 
 
@@ -75,17 +77,27 @@ Part = Callable[[Asked], Iterator[Row]]
 # ---- parts without a model ---------------------------------------------------------------------------------
 
 
-def tests(asked: Asked) -> Iterator[Row]:
-    """The tests that need a GPU; without one they are skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
-    files = sorted(str(p) for p in (ROOT / "tests").glob("test_gpu*.py"))
-    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
-    (asked.folder / "tests.log").write_text(done.stdout + done.stderr)
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]]
-    yield Row("tests marked gpu", "pytest", note=lines[-1])
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR")):
-            yield Row("tests marked gpu", "pytest", note=line[:200])
+def tests_in(*names: str) -> Part:
+    """The tests of files that need a GPU; without one they are skipped."""
+
+    def part(asked: Asked) -> Iterator[Row]:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
+        if find_spec("xdist") is not None and not asked.tiny:
+            command += ["-n", "6"]
+        files = [str(ROOT / "tests" / f"{name}.py") for name in names]
+        path, note = asked.folder / f"{'-'.join(names)}.log", ""
+        with open(path, "w") as log:
+            try:
+                subprocess.run([*command, *files], cwd=ROOT, stdout=log, stderr=log, timeout=TEST_SECONDS)
+            except subprocess.TimeoutExpired:
+                note = f"stopped after {TEST_SECONDS:.0f} s; "
+        lines = path.read_text().strip().splitlines() or [""]
+        yield Row(" ".join(names), "pytest", note=note + lines[-1])
+        for line in lines:
+            if line.startswith(("FAILED", "ERROR")):
+                yield Row(" ".join(names), "pytest", note=line[:200])
+
+    return part
 
 
 def kernels(asked: Asked) -> Iterator[Row]:
@@ -238,7 +250,8 @@ def compared(tokens: Sequence[int], first: Sequence[int], note: str) -> str:
 
 
 PARTS: dict[str, Part] = {
-    "tests": tests,
+    "tests": tests_in("test_gpu", "test_gpu_graphs"),
+    "models": tests_in("test_gpu_models"),
     "kernels": kernels,
     "quantized": quantized,
     "attention": attention,
@@ -387,7 +400,7 @@ def bad(row: Mapping[str, Any]) -> bool:
     """Whether a row says that something of ours went wrong."""
     note, peer = str(row["note"]), str(row["peer"])
     ours = "llmcomp" in peer and (note.startswith("WRONG") or (row["seconds"] is None and "not there" not in note))
-    return ours or peer == "-" or note.startswith(("FAILED", "ERROR"))
+    return ours or peer == "-" or note.startswith(("FAILED", "ERROR", "stopped"))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,13 @@ def test_a_run_writes_what_it_knows(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.strip() == (tmp_path / "gpu.md").read_text().strip()
 
 
+def test_tests_without_a_gpu_are_skipped(asked: Asked) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    (row,) = PARTS["tests"](asked)
+    assert "skipped in" in row.note and not bad(vars(row))
+
+
 def test_a_part_that_hangs_or_breaks_is_stopped(tmp_path: Path) -> None:
     args = bench_gpu.parse(["--device", "cpu", "--tiny"])
     assert run_part("kernels", args, tmp_path, 0.2)["rows"][-1]["note"] == "stopped after 0 s"
