@@ -52,8 +52,8 @@ def _allocated(count: int, shape: Sequence[int], dtype: torch.dtype, device: tor
         size = count * dtype.itemsize / 2**20
         raise MemoryFullError(
             f"expected {size:.1f} MiB on {device} for a KV cache of shape {tuple(shape)} with room to grow, found too "
-            f"little memory: shorten the sequences or the batch, free other caches (llmcomp.reset()), hold them in 8 bits "
-            f"with options={{'kv_dtype': 'int8'}}, or lower what programs keep with kv_cache_bytes or kv_cache='off'"
+            f"little memory: shorten the sequences or the batch, free other caches (llmcomp.reset()), hold them in "
+            f"8 bits with options={{'kv_dtype': 'int8'}}, or lower what programs keep: kv_cache_bytes, kv_cache='off'"
         ) from error
 
 

@@ -132,8 +132,14 @@ def test_a_step_copies_nothing(graphs: list[GraphReport]) -> None:
     assert len(set(places)) == 1 and len(graphs) == 3
 
 
-@pytest.mark.parametrize("way", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}],
-                         ids=["beams", "prompt lookup", "chunks"])  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param({"num_beams": 2}, id="beams"),
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt lookup"),
+        pytest.param({"prefill_chunk_size": 4}, id="chunks", marks=MORE),
+    ],
+)
 def test_ways_of_generating(way: dict[str, object]) -> None:
     eager, compiled = pair(llama, "int8")
     ids = tokens(1, 9)
@@ -173,7 +179,7 @@ def test_verify(graphs: list[GraphReport]) -> None:
     assert torch.equal(generated(compiled, input_ids=tokens(1, 9)).sequences, expected.sequences) and len(graphs) == 3
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=MORE)])
 def test_llmcomp_generate_keeps_codes(
     graphs: list[GraphReport], monkeypatch: pytest.MonkeyPatch, kv_dtype: str
 ) -> None:
@@ -222,6 +228,7 @@ def test_what_holds_no_cache_says_why(graphs: list[GraphReport]) -> None:
     assert reasons and all("its caller holds them in torch.float32" in r for r in reasons)
 
 
+@MORE
 def test_memory_is_given_back() -> None:
     _, compiled = pair(llama, "int8")
     storages = []
