@@ -5,7 +5,7 @@ import torch
 
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
-from llmcomp.formats import Format
+from llmcomp.formats import Format, Int4, Mxfp4
 
 
 def numbers_name(kernel: Contract) -> str:
@@ -24,9 +24,22 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
     scale = MEMORY_TYPES[torch.bfloat16 if packing.scale is None else dtypes[packing.scale]]
     form = packing.format
     if form.bits == 4:
-        return f"packed::Nibbles<{scale}, {form.group}, {'false' if packing.zero is None else 'true'}>"
+        zeros = "false" if packing.zero is None else "true"
+        return f"packed::Nibbles<{scale}, {form.group}, {zeros}, packed::{_kind(form)}>"
     codes = dtypes[kernel.sections[0].accumulators[0].weight.buffer]
     return f"packed::Bytes<{MEMORY_TYPES[codes]}, {scale}, {form.group}>"
+
+
+def _kind(form: Format) -> str:
+    """How the codes of a 4-bit format become numbers."""
+    match form:
+        case Int4(symmetric=True):
+            return "Centred"
+        case Int4():
+            return "Plain"
+        case Mxfp4():
+            return "Halves"
+    return "Looked"
 
 
 def tile(kernel: Contract, section: Section, a: Accumulator, first: sympy.Expr) -> str:
@@ -38,7 +51,7 @@ def tile(kernel: Contract, section: Section, a: Accumulator, first: sympy.Expr) 
     step = sympy.expand(a.row.subs(last, last + 1) - a.row)
     starts = [_at(weight.buffer, weight.offset + row * weight.row_stride)]
     starts.append("nullptr" if packing.scale is None else _at(packing.scale, row * packing.groups))
-    strides = [index(step * weight.row_stride), index(step * packing.groups)]
+    strides = [index(step * weight.row_stride), index(step * packing.groups), index(packing.groups)]
     if packing.format.bits == 8:
         return f"{{{', '.join([*starts, *strides])}}}"
     starts.append("nullptr" if packing.zero is None else _at(packing.zero, row * packing.groups))

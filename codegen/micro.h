@@ -158,15 +158,41 @@ INLINE Vec widen(const f16* p) {
 typedef int8_t Bytes __attribute__((vector_size(W)));
 typedef int32_t Integers __attribute__((vector_size(4 * W)));
 
+// GCC 12 takes the conversion of bytes apart, element by element.
 INLINE Vec widen(const int8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Integers), Vec);
+    const Bytes bytes = load<Bytes>(p);
+    Integers v;
+#if defined(__AVX2__)
+    __asm__("vpmovsxbd %1, %0" : "=v"(v) : "v"(bytes));
+#else
+    v = __builtin_convertvector(bytes, Integers);
+#endif
+    return __builtin_convertvector(v, Vec);
+}
+
+INLINE Bits widen_bytes(const uint8_t* p) {
+    typedef uint8_t Octets __attribute__((vector_size(W)));
+    const Octets bytes = load<Octets>(p);
+#if defined(__AVX2__)
+    Bits v;
+    __asm__("vpmovzxbd %1, %0" : "=v"(v) : "v"(bytes));
+    return v;
+#else
+    return __builtin_convertvector(bytes, Bits);
+#endif
 }
 
 // An e4m3 is half of a f16 whose exponent is 8 less; not for NaN.
 INLINE Vec widen(const e4m3* p) {
 #if defined(__F16C__)
     typedef int16_t Signed __attribute__((vector_size(2 * W)));
-    const Signed extended = __builtin_convertvector(load<Bytes>(p), Signed);
+    const Bytes bytes = load<Bytes>(p);
+#if defined(__AVX2__)
+    Signed extended;
+    __asm__("vpmovsxbw %1, %0" : "=v"(extended) : "v"(bytes));
+#else
+    const Signed extended = __builtin_convertvector(bytes, Signed);
+#endif
     Vec v;
     const Halves h = (Halves)(extended << 7) & 0xbfff;
     __asm__("vcvtph2ps %1, %0" : "=v"(v) : "v"(h));

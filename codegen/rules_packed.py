@@ -36,9 +36,8 @@ def dequantize(p: Puller, node: Node, index: Index) -> Argument:
 def _nibble(p: Puller, codes: Node, lead: Index, k: sympy.Expr) -> Argument:
     """The 4-bit code k of a row, as int32 (see llmcomp/nibbles.py)."""
     block, rest = p.space.split(k, size(BLOCK))
-    i, lane = p.space.split(rest, size(16))
-    byte, half = p.space.split(i, size(2))
-    value = p.convert(p.at(codes, (*lead, BLOCK // 2 * block + 4 * lane + byte), "codes"), torch.int32)
+    half, byte = p.space.split(rest, size(BLOCK // 2))
+    value = p.convert(p.at(codes, (*lead, BLOCK // 2 * block + byte), "codes"), torch.int32)
     saved, p.dtype = p.dtype, torch.int32
     try:
         shift = p.convert(p.integer(4 * half), torch.int32)

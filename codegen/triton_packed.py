@@ -1,8 +1,8 @@
 """Quantized weights in the Triton form of a Contract.
 
 codes of 8 bits   loaded like dense weights, then made float; scales of groups are loaded beside them
-codes of 4 bits   loaded as 32-bit words: BLOCK_K counts words, each is unpacked in eight steps, and step i of the
-                  words at `word` is along k = word // 16 * 128 + 16 * i + word % 16 (llmcomp/nibbles.py)
+codes of 4 bits   loaded as 32-bit words: BLOCK_K counts words, each is unpacked in eight steps, and step i of
+                  word w is the code k = w // 16 * 128 + i % 2 * 64 + w % 16 * 4 + i // 2 (llmcomp/nibbles.py)
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def print_words(
         head = f"{spell(a.name)}_words = tl.load"
         w.line(call(head, [f"{spell(a.name)}_rows{column} + word{lane}", *zero_masked(masks)]))
     with w.block(f"for part in tl.static_range({WORD})"):
-        w.line(f"depth = word // 16 * {BLOCK} + 16 * part + word % 16")
+        w.line(f"depth = word // 16 * {BLOCK} + part % 2 * {BLOCK // 2} + word % 16 * 4 + part // 2")
         w.line(f"{k} = depth[None, :]")
         masks = [masks[0]]
         if not even:
@@ -80,7 +80,7 @@ def print_words(
         x = operand()
         for a in section.accumulators:
             name = spell(a.name)
-            value = _value(w, a, f"{name}_words >> 4 * part & 15", "word // 16 * {} + 16 * part // {}", form, masks)
+            value = _value(w, a, f"{name}_words >> 4 * part & 15", form, masks)
             _print_product(w, name, x, value, form, native)
 
 
@@ -98,15 +98,14 @@ def _print_product(w: Writer, name: str, x: str, value: str, form: str, native: 
     w.line(f"{name} = prelude.dot({x}, {weight}, {name})")
 
 
-def _value(w: Writer, a: Accumulator, code: str, group: str, form: str, masks: Sequence[str]) -> str:
+def _value(w: Writer, a: Accumulator, code: str, form: str, masks: Sequence[str]) -> str:
     """Print what the codes of a tile stand for, in float32; the name of the result."""
     packing, name = a.weight.packing, spell(a.name)
     assert packing is not None
     kind = packing.format
     table = {Int4: "({}).to(tl.float32)", Nf4: "prelude.nf4({})", Mxfp4: "prelude.e2m1({})"}[type(kind)]
     lane, column = _shapes(form)
-    per = BLOCK // kind.group
-    at = f"({group.format(per, kind.group)}){lane}"
+    at = f"(depth // {kind.group}){lane}"
     value = table.format(code)
     if isinstance(kind, Int4):
         shift = "8.0"

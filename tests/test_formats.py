@@ -41,13 +41,10 @@ def test_nibbles_come_back(rows: int, columns: int) -> None:
     assert torch.equal(unpack(packed, columns), codes)
 
 
-def test_sixteen_lanes_unpack_with_shifts() -> None:
+def test_bytes_unpack_in_the_order_of_the_codes() -> None:
     codes = torch.randint(0, 16, (256,), dtype=torch.uint8)
-    words = pack(codes).view(torch.int32).view(2, 16)
-    for block in range(2):
-        for i in range(8):
-            lanes = words[block] >> 4 * i & 15
-            assert torch.equal(lanes, codes[128 * block + 16 * i :][:16].int())
+    for block, data in zip(codes.view(2, 128), pack(codes).view(2, 64), strict=True):
+        assert torch.equal(data & 15, block[:64]) and torch.equal(data >> 4, block[64:])
 
 
 @EVERY
