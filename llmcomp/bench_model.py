@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.initialization import no_init_weights
 
 NARROW = {
@@ -113,7 +114,15 @@ def fill(model: nn.Module) -> None:
 
 def bytes_per_token(model: transformers.PreTrainedModel) -> int:
     """Bytes of weights that one decoding step reads: all but the rows of an untied input embedding."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(stored_bytes(p) for p in model.parameters())
     inputs = cast(nn.Embedding, model.get_input_embeddings()).weight
     outputs = cast(nn.Linear, model.get_output_embeddings()).weight
-    return total if inputs is outputs else total - inputs.numel() * inputs.element_size()
+    return total if inputs is outputs else total - stored_bytes(inputs)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes; one that is made of others (a quantized weight) takes theirs."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)

@@ -9,6 +9,7 @@
 Answers are lines that begin with MARK; anything else on stdout is chatter of the libraries.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from llmcomp import compat, generation
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_steps import Steps
+from llmcomp.quantization import quantize_
 
 MARK = "bench:"
 
@@ -40,16 +42,18 @@ class Peer:
     mode: str | None = None
     loop: str = "transformers"  # whose generate: model.generate or llmcomp.generate
     static: bool = False  # a static cache, for which transformers compiles decoding itself
+    weights: str = ""  # a format of ours for the weights, or (with another backend) the name of a config of torchao's
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 # Inductor's programmatic dependent launch; torch reads it when it starts.
 PDL = {"TORCHINDUCTOR_ENABLE_PDL": "1"}
+FREEZING = {"TORCHINDUCTOR_FREEZING": "1"}
 PEERS = {
     "eager": Peer(None),
     "dynamo": Peer("eager"),  # Dynamo's own trace, which every backend pays for
     "inductor": Peer("inductor"),
-    "inductor-freezing": Peer("inductor", environment={"TORCHINDUCTOR_FREEZING": "1"}),
+    "inductor-freezing": Peer("inductor", environment=FREEZING),
     "inductor-max-autotune": Peer("inductor", "max-autotune"),
     "inductor-reduce-overhead": Peer("inductor", "reduce-overhead"),
     "hf-static": Peer(None, static=True),
@@ -61,6 +65,13 @@ PEERS = {
     "llmcomp": Peer("llmcomp"),
     "llmcomp-max-autotune": Peer("llmcomp", "max-autotune"),
     "llmcomp-generate": Peer("llmcomp", loop="llmcomp"),
+    "llmcomp-int8": Peer("llmcomp", weights="int8"),
+    "llmcomp-fp8": Peer("llmcomp", weights="fp8"),
+    "llmcomp-int4": Peer("llmcomp", weights="int4"),
+    "llmcomp-int4_g32": Peer("llmcomp", weights="int4_g32"),
+    "llmcomp-nf4": Peer("llmcomp", weights="nf4"),
+    "torchao-int8": Peer("inductor", weights="Int8WeightOnlyConfig", environment=FREEZING),
+    "torchao-w8a8": Peer("inductor", weights="Int8DynamicActivationInt8WeightConfig", environment=FREEZING),
 }
 
 
@@ -160,6 +171,17 @@ def commands() -> Iterator[dict[str, Any]]:
     return map(json.loads, sys.stdin)
 
 
+def quantize(model: Any, peer: Peer) -> None:
+    """Quantize the weights of the model as the peer does it."""
+    if not peer.weights:
+        return
+    if peer.backend == "llmcomp":
+        quantize_(model, peer.weights)
+        return
+    torchao: Any = importlib.import_module("torchao.quantization")
+    torchao.quantize_(model, getattr(torchao, peer.weights)())
+
+
 def main() -> None:
     """Serve one peer: `python -m llmcomp.bench_peer PEER SETUP`."""
     peer, setup = PEERS[sys.argv[1]], Setup(**json.loads(sys.argv[2]))
@@ -167,6 +189,7 @@ def main() -> None:
     torch.set_num_threads(setup.threads)
     base = resident()
     model = setup.build()
+    quantize(model, peer)
     if peer.backend is not None and not peer.static:
         model.compile(backend=peer.backend, mode=peer.mode)
     answer({"weights": bytes_per_token(model), "pid": os.getpid()})
