@@ -103,6 +103,12 @@ def test_refusals_say_what_is_valid(asked, parts):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["int4", "fp16", 8, True])
+def test_an_unknown_kv_dtype_is_told_what_there_is(value):
+    with pytest.raises(OptionError, match="expected kv_dtype to be one of int8, fp8, or None for the model's dtype"):
+        read_options({"kv_dtype": value}, None, {})
+
+
 def test_unknown_mode():
     with pytest.raises(OptionError, match="mode.*default, reduce-overhead.*'max-autotun'.*did you mean 'max-autotune'"):
         read_options(None, "max-autotun", {})
