@@ -9,7 +9,7 @@ from torch.fx import Node
 from llmcomp.codegen.index import ZERO, Index, size, sizes
 from llmcomp.codegen.kernel import Argument
 from llmcomp.codegen.pull import Puller, Rule, broadcast, compute_dtype, fake
-from llmcomp.graph import is_contiguous
+from llmcomp.graph import is_contiguous, is_view
 from llmcomp.region import Unfit
 
 aten = torch.ops.aten
@@ -257,7 +257,19 @@ def to_dtype(p: Puller, node: Node, index: Index) -> Argument:
     source = _source(node)
     if fake(source).device != fake(node).device:
         raise Unfit("copy between devices")
+    if fake(node).dtype == torch.float8_e4m3fn != fake(source).dtype and _is_read(p, node):
+        raise Unfit("a value that is rounded to float8 is read by its own kernel")
     return p.rounded(p.at(source, index), fake(node).dtype)
+
+
+def _is_read(p: Puller, node: Node) -> bool:
+    """Whether a kernel computes with a value of its own, and does not only store it."""
+    stores = (aten.copy_.default, torch.ops.llmcomp.cache_write_.default)
+    for user in node.users:
+        stored = user.target in stores and user.args[1] is node
+        if not stored and p.inside(user) and (not is_view(user) or _is_read(p, user)):
+            return True
+    return False
 
 
 def embedding(p: Puller, node: Node, index: Index) -> Argument:
