@@ -215,6 +215,9 @@ def in_turns(
         processes: dict[str, Process] = {}
         dead: dict[str, str] = {}
         for peer in peers:
+            if "torchao" in peer and find_spec("torchao") is None:
+                dead[peer] = "torchao is not importable"
+                continue
             with surviving(peer, dead):
                 processes[peer] = stack.enter_context(running(peer, setup, Path(caches)))
         for what, (do, fields) in asks.items():
@@ -249,6 +252,9 @@ def compared(tokens: Sequence[int], first: Sequence[int], note: str) -> str:
     return f"{equal}/{len(first)} tokens equal" + (f"; {note}" if note else "")
 
 
+# 16 GB of bfloat16 weights a peer: few fit beside each other.
+PEERS_8B = ("hf-reduce-overhead", "hf-max-autotune-pdl", "hf-llmcomp")
+QUANTIZED_8B = tuple(f"hf-{who}-{format}" for format in ("int8", "fp8", "int4") for who in ("torchao", "llmcomp"))
 PARTS: dict[str, Part] = {
     "tests": tests_in("test_gpu", "test_gpu_graphs"),
     "models": tests_in("test_gpu_models"),
@@ -257,8 +263,9 @@ PARTS: dict[str, Part] = {
     "attention": attention,
     "steps": steps_of("llama-3.2-1b", (1,), (64, 4096)),
     "gpt2": steps_of("gpt2", (1,), (64,)),
-    "batches": steps_of("llama-3.2-1b", (2, 8, 32, 64), (64,), ("hf-static", "hf-reduce-overhead", "llmcomp")),
-    "steps8b": steps_of("llama-3-8b", (1,), (64,), ("hf-reduce-overhead", "hf-max-autotune-pdl", "llmcomp")),
+    "batches": steps_of("llama-3.2-1b", (2, 8, 32, 64), (64,), ("hf-static", "hf-reduce-overhead", "hf-llmcomp")),
+    "steps8b": steps_of("llama-3-8b", (1,), (64,), PEERS_8B),
+    "quantized8b": steps_of("llama-3-8b", (1,), (64,), ("hf-llmcomp", *QUANTIZED_8B)),
     "decode": loops_of("llama-3.2-1b"),
     "prefill": prefill_of("llama-3.2-1b"),
     "build": build_of("llama-3.2-1b"),

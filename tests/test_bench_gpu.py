@@ -52,15 +52,20 @@ def test_a_peer_that_fails_has_a_row() -> None:
     assert unknown.seconds is None and "KeyError" in unknown.note
 
 
-@pytest.mark.parametrize("part", ["steps", "gpt2", "batches", "steps8b", "decode", "prefill", "build"])
+@pytest.mark.parametrize("part", ["steps", "gpt2", "batches", "steps8b", "quantized8b", "decode", "prefill", "build"])
 def test_models_beside_those_of_peers(asked: Asked, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peers = ["hf-static", "hf-reduce-overhead", "hf-llmcomp", "llmcomp", "eager", "llmcomp-generate"]
     dies = peers[0] if part in ("steps", "gpt2", "batches") else ""
     does = {p: "sys.exit(3)" if p == dies else "pass" for p in peers}
     stand_ins(monkeypatch, does)
+    monkeypatch.setattr(bench_gpu, "find_spec", lambda name: None)
     rows = list(PARTS[part](asked))
     assert rows and all(row.note == "died: exit status 3" for row in rows if row.peer == dies)
-    assert all(row.seconds is not None for row in rows if row.peer != dies)
+    lacks = [row for row in rows if "torchao" in row.peer]
+    assert all(row.note == "died: torchao is not importable" for row in lacks) and bool(lacks) == (
+        part == "quantized8b"
+    )
+    assert all(row.seconds is not None for row in rows if row.peer != dies and row not in lacks)
 
 
 def test_steps_give_the_same_tokens_whoever_computes_them() -> None:

@@ -17,6 +17,7 @@ PACKAGES = {"llmcomp": "llmcomp", "llmcomp.passes": "passes", "llmcomp.codegen":
 
 # A module imports from lower layers and from its own; passes and codegen know nothing of each other. A module
 # of llmcomp/ that is not named here stands between them and the backend.
+BENCH = "gpu growing kernels machine model overhead peer process steps timing"
 LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
@@ -28,7 +29,7 @@ LAYERS = (
     ("llmcomp.explanation", "llmcomp.replay"),
     ("llmcomp.fixed_forward", "llmcomp.decoding", "llmcomp.generation"),
     (
-        *(f"llmcomp.bench_{part}" for part in ("gpu", "growing", "kernels", "machine", "model", "overhead", "peer", "process", "steps", "timing")),
+        *(f"llmcomp.bench_{part}" for part in BENCH.split()),
         "llmcomp.bench",
     ),
     ("llmcomp",),
