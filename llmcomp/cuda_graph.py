@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.graph import is_random, mutated
 from llmcomp.report import Program, ProgramReport
+from llmcomp.status import shared_status
 
 log = logging.getLogger("llmcomp")
 
@@ -83,6 +84,9 @@ class Device(Protocol):
     def stream(self) -> int:
         """The current stream."""
 
+    def check(self) -> None:
+        """Raise for what kernels have reported so far."""
+
     def record(self, run: Callable[[], tuple[Any, ...]]) -> tuple[tuple[Any, ...], Callable[[], None], int]:
         """Capture what `run` launches: its results, what replays it on the current stream, bytes of memory kept."""
 
@@ -97,6 +101,10 @@ class Cuda:
     def stream(self) -> int:
         """The current stream."""
         return int(torch.cuda.current_stream().cuda_stream)
+
+    def check(self) -> None:
+        """Raise for what kernels have reported so far: a program does so when it is called, a graph does not."""
+        shared_status("cuda").check()
 
     def record(self, run: Callable[[], tuple[Any, ...]]) -> tuple[tuple[Any, ...], Callable[[], None], int]:
         """Capture what `run` launches, as torch.cuda.graph does, but without emptying the allocator's cache.
@@ -142,10 +150,15 @@ class Recording:
     buffers: dict[int, Tensor]
     results: tuple[Any, ...]  # tensors in the graph's memory, _Views, and other values
     launch: Callable[[], None]
-    kept: int
+    check: Callable[[], None]
 
     def replay(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What the program gives for `inputs`."""
+        """What the program gives for `inputs`.
+
+        Raises:
+            IndexError: an index was out of range, in an earlier call.
+        """
+        self.check()
         for i, buffer in self.buffers.items():
             buffer.copy_(inputs[i])
         self.launch()
@@ -172,6 +185,8 @@ def record(
     given = [buffers.get(i, x) for i, x in enumerate(inputs)]
     outputs = program(*given)  # also compiles what is not compiled yet, for buffers aligned as these are
     now = tuple(_at(o, given) for o in outputs)
+    if _disguised(now, given):  # in the memory of a buffer, perhaps
+        return tuple(_given(r, inputs) for r in now), None
     results = tuple(_given(r, inputs) if isinstance(r, _View) else r for r in now)
     if sum(_bytes(r) for r in now if isinstance(r, Tensor)) > RESULT_BYTES:
         return results, None
@@ -182,7 +197,8 @@ def record(
         return results, None
     if kept > KEPT_BYTES:
         return results, None
-    return results, Recording(device.stream(), buffers, tuple(_at(o, given) for o in captured), launch, kept)
+    recorded = tuple(_at(o, given) for o in captured)
+    return results, Recording(device.stream(), buffers, recorded, launch, device.check)
 
 
 def _at(output: object, inputs: Sequence[object]) -> object:
@@ -195,6 +211,12 @@ def _at(output: object, inputs: Sequence[object]) -> object:
             offset = int(output.storage_offset()) - int(x.storage_offset())
             return _View(i, tuple(output.shape), tuple(output.stride()), offset)
     return output
+
+
+def _disguised(outputs: Sequence[object], inputs: Sequence[object]) -> bool:
+    """Whether an output shows the memory of an input as another dtype."""
+    memory = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    return any(isinstance(o, Tensor) and o.numel() and o.untyped_storage().data_ptr() in memory for o in outputs)
 
 
 def _copied(x: Tensor) -> Tensor:

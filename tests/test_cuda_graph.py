@@ -26,6 +26,11 @@ class Device:
         self.captured, self.current, self.memory, self.refuses = False, 0, 0, False
         self.noted: list[Launch] | None = None
         self.replays = 0
+        self.reported: Exception | None = None
+
+    def check(self) -> None:
+        if self.reported is not None:
+            raise self.reported
 
     def launch(self, work: Launch) -> None:
         work() if self.noted is None else self.noted.append(work)
@@ -194,6 +199,26 @@ def test_buffers_outlive_the_mode_that_they_are_made_in(graphed: GraphedProgram,
     for inference in modes:
         with torch.inference_mode(inference):
             check(graphed, total, torch.randn(3, 4))
+
+
+def test_what_kernels_report_is_raised_by_the_next_replay(graphed: GraphedProgram, device: Device) -> None:
+    total, x = torch.zeros(()), torch.randn(3, 4)
+    for _ in range(3):
+        check(graphed, total, x)
+    device.reported = IndexError("out of range")
+    with pytest.raises(IndexError):
+        graphed(total, x, 7)
+    device.reported = None
+    check(graphed, total, x)
+
+
+def test_a_result_that_shows_an_input_as_another_dtype_is_not_recorded(device: Device) -> None:
+    step = GraphedStep(lambda x: (x.view(torch.int32),), (0,), device)
+    given = [torch.randn(4) for _ in range(4)]
+    found = [step(x)[0] for x in given]
+    assert device.replays == 0
+    for x, y in zip(given, found, strict=True):
+        assert torch.equal(y, x.view(torch.int32))
 
 
 def test_a_step_records_at_once(program: Program, device: Device) -> None:
