@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmcomp.explanation import Explanation, explain
     from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
     from llmcomp.generation import custom_generate, generate, stream
+    from llmcomp.hf_quantizer import QuantizationConfig
     from llmcomp.options import Options
     from llmcomp.quantization import Quantization, quantize_
     from llmcomp.reuse import reset
@@ -48,6 +49,7 @@ __all__ = [
     "Options",
     "PassError",
     "Quantization",
+    "QuantizationConfig",
     "VerifyError",
     "custom_generate",
     "explain",
@@ -64,6 +66,7 @@ _LATER = {
     "Options": "llmcomp.options",
     "reset": "llmcomp.reuse",
     "Quantization": "llmcomp.quantization",
+    "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",
     **dict.fromkeys(("Format", "Fp8", "Int4", "Int8", "Mxfp4", "Nf4"), "llmcomp.formats"),
     "custom_generate": "llmcomp.generation",

@@ -5,7 +5,7 @@
     python -m llmcomp.bench --config Qwen3Config --set num_hidden_layers=8 --dtype float32
     python -m llmcomp.bench --context 64,2048                        decoding behind long prompts too
     python -m llmcomp.bench --growing 512 --peers llmcomp,inductor   a loop of model(ids) without a cache
-    python -m llmcomp.bench --peers llmcomp-int8,torchao-int8        quantized weights, with torchao where it is installed
+    python -m llmcomp.bench --peers llmcomp-int8,torchao-int8        quantized weights, with torchao if installed
     python -m llmcomp.bench --overhead                               what a call costs beside its kernels
 
 Every peer is a process of its own, started twice: with empty caches (cold) and with those that this left

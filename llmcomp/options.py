@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcomp.errors import OptionError
-from llmcomp.formats import Format, names, parse_format
+
+if TYPE_CHECKING:
+    from llmcomp.formats import Format
 
 TARGETS = ("auto", "triton", "cpp", "reference")
 # torch's own names. "default" and "max-autotune-no-cudagraphs" launch kernels one by one; "reduce-overhead"
@@ -39,7 +41,7 @@ class Options:
     tune: float | None = None  # seconds to search launch configurations, for each graph; None follows the mode
     cache: Path = Path("~/.cache/llmcomp")  # folder of generated sources and what was built from them
     cuda_graphs: bool | None = None  # replay launches as CUDA graphs; None: as the mode says, and in llmcomp.generate
-    weights: Format | None = None  # quantize the weights that compiled graphs read, in the model itself
+    weights: "Format | None" = None  # quantize the weights that compiled graphs read, in the model itself
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
     kv_dtype: str | None = None  # one of KV_DTYPES, of the caches that graphs return; None is the model's dtype
@@ -68,6 +70,18 @@ class _Rule:
     store: Callable[[Any], object] = lambda value: value
 
 
+def _format(value: object) -> "Format | None":
+    """The weight format that a value is, or is the name of."""
+    from llmcomp.formats import Format, parse_format  # brings in torch, which options do without
+
+    if isinstance(value, str):
+        try:
+            return parse_format(value)
+        except OptionError:
+            return None
+    return value if isinstance(value, Format) else None
+
+
 def _whole_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -93,9 +107,9 @@ _RULES = {
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and v >= 0),
     ),
     "weights": _Rule(
-        f"a weight format: {', '.join(names())}, or None",
-        lambda v: v is None or isinstance(v, Format) or (isinstance(v, str) and v in names()),
-        lambda v: parse_format(v) if isinstance(v, str) else v,
+        "a weight format, such as int8, fp8, int4, int4_g32, nf4 or mxfp4 (README lists them), or None",
+        lambda v: v is None or _format(v) is not None,
+        lambda v: None if v is None else _format(v),
     ),
     "cuda_graphs": _Rule("True, False or None", lambda v: v is None or isinstance(v, bool)),
     "kv_cache": _one_of(KV_CACHES),

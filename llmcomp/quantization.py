@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llmcomp.errors import FormatError, OptionError
-from llmcomp.formats import Format, Int8, check, parse_format
+from llmcomp.formats import Format, Int8, parse_format
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 
@@ -87,21 +87,46 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
         FormatError: a weight holds NaN or infinity, or does not fit the format that a mapping or function chose for it;
             with a single format, weights that do not fit are left alone and listed. The model is then as it was.
     """
+    planned = [plan for plan in _planned(model, spec) if only(plan[0].weight)]
+    for site, form, _ in planned:
+        if form is not None and not bool(torch.isfinite(site.weight).all()):
+            raise FormatError(f"{site.name}: expected finite weights, found NaN or infinity: repair the checkpoint")
+    done = Quantization(tuple(_apply(*plan) for plan in planned))
+    if done.quantized and hasattr(model, "save_pretrained"):
+        _prepare_saving(model, planned)
+    return done
+
+
+def chosen(model: nn.Module, spec: Spec) -> list[tuple[str, Format]]:
+    """The modules whose weights `spec` quantizes, by name (every one of those that are tied), and the formats.
+
+    Raises:
+        OptionError, FormatError: as `quantize_`, values of weights left aside: they may lie on the meta device.
+    """
+    return [(name, f) for site, f, _ in _planned(model, spec) if f is not None for name, _ in _names(model, site)]
+
+
+def _planned(model: nn.Module, spec: Spec) -> list[tuple["Site", Format | None, str]]:
+    """What becomes of every weight: its format, or the reason why it has none."""
     choose = _chooser(model, spec)
-    exact = not isinstance(spec, Format | str)
     planned: list[tuple[Site, Format | None, str]] = []
     for site in sites(model):
-        if not only(site.weight):
-            continue
         form, reason = choose(site)
         if form is not None and isinstance(site.weight, QuantizedTensor):
             form, reason = None, f"it is {site.weight.format} already"
-        if form is not None and (problem := _problem(site, form)) is not None:
-            if exact or not isinstance(problem, _Misfit):
+        if form is not None and (problem := _misfit(site, form)) is not None:
+            if not isinstance(spec, Format | str):
                 raise FormatError(f"{site.name}: {problem}")
-            form, reason = None, str(problem)
+            form, reason = None, problem
         planned.append((site, form, reason))
-    return Quantization(tuple(_apply(*plan) for plan in planned))
+    return planned
+
+
+def _prepare_saving(model: nn.Module, planned: Sequence[tuple["Site", Format | None, str]]) -> None:
+    from llmcomp.hf_quantizer import attach  # brings in transformers, whose model this is
+
+    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in _names(model, site)]
+    attach(model, {f"{name}.weight": form for name, form in pairs})
 
 
 def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
@@ -112,22 +137,15 @@ def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
     return any(found.quantized for found in done)
 
 
-class _Misfit(FormatError):
-    """A weight of a shape or dtype that a format can't hold."""
-
-
-def _problem(site: Site, form: Format) -> FormatError | None:
-    """Why a weight can't be stored in a format, or None."""
-    matrix = site.weight.t() if site.transposed else site.weight
-    columns = matrix.shape[-1]
+def _misfit(site: "Site", form: Format) -> str | None:
+    """Why a weight of this shape and dtype can't be stored in a format, or None."""
+    columns = site.weight.shape[0 if site.transposed else 1]
     if site.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return _Misfit(f"the weight is {site.weight.dtype}")
+        return f"the weight is {site.weight.dtype}"
+    if 0 in site.weight.shape:
+        return f"the weight has the shape {tuple(site.weight.shape)}"
     if form.group and columns % form.group:
-        return _Misfit(f"a group of {form.group} does not divide its {columns} inputs: choose a smaller group")
-    try:
-        check(matrix, form)
-    except FormatError as problem:
-        return problem
+        return f"a group of {form.group} does not divide its {columns} inputs: choose a smaller group"
     return None
 
 
@@ -145,16 +163,16 @@ def sites(model: nn.Module) -> Iterator[Site]:
         assert isinstance(weight, torch.Tensor)
         tied = len(linear) < len(holders) and bool(linear)
         is_head = tied or any(m is head for _, m in holders)
-        yield Site(name, tuple(m for _, m in holders), weight, _is_conv(module), is_head)
+        yield Site(name, tuple(m for _, m in holders), weight, is_conv(module), is_head)
 
 
-def _is_conv(module: nn.Module) -> bool:
+def is_conv(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, a linear layer that keeps its weight as (K, N)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv(module)
+    return isinstance(module, nn.Linear) or is_conv(module)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

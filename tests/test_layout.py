@@ -21,7 +21,11 @@ BENCH = "gpu growing kernels machine model overhead peer process steps timing"
 LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
-    ("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
+    ("llmcomp.formats", "llmcomp.nibbles"),
+    (
+        *("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
+        *("llmcomp.packed_ops", "llmcomp.products"),
+    ),
     ("llmcomp.cache_ops", "llmcomp.quantized_cache"),
     ("llmcomp.passes", "llmcomp.codegen"),
     ("*",),
@@ -35,6 +39,8 @@ LAYERS = (
     ("llmcomp",),
 )
 LATE_IMPORTS = {
+    "llmcomp.options": "formats bring in torch",
+    "llmcomp.quantization": "what prepares a model of transformers brings that in",
     "llmcomp.codegen.lower": "calls the files of the families, which use its parts",
     "llmcomp.codegen.render": "only the printer of the target is imported",
 }

@@ -1,0 +1,117 @@
+"""Quantized weights through transformers' own from_pretrained and save_pretrained."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import llmcomp
+from llmcomp.errors import OptionError
+from llmcomp.quantized import QuantizedTensor
+
+IDS = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def formats(model: torch.nn.Module) -> dict[str, str]:
+    return {n: str(p.format) for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["int8", "int4", {"*.mlp.*": "nf4", "*.self_attn.*": "int4_g32", "lm_head": None}])
+def test_loading_a_float_checkpoint_equals_quantizing_the_model(
+    tmp_path: Path, tied: bool, weights: str | Mapping[str, str | None]
+) -> None:
+    model = llama(tied)
+    model.save_pretrained(tmp_path)
+    llmcomp.quantize_(model, weights)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=llmcomp.QuantizationConfig(weights), dtype=torch.float32
+    )
+    assert formats(loaded) == formats(model) and len(formats(model)) >= 14
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["int4", "fp8"])
+def test_saving_and_loading_what_was_quantized(tmp_path: Path, tied: bool, weights: str) -> None:
+    model = llama(tied)
+    llmcomp.quantize_(model, weights)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.layers.0.mlp.up_proj.weight_codes" in names and "model.layers.0.mlp.up_proj.weight" not in names
+    noted = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert noted["quant_method"] == "llmcomp" and noted["formats"]["model.layers.0.mlp.up_proj.weight"] == weights
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert formats(loaded) == formats(model)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_transposed_weights_of_gpt2(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    llmcomp.quantize_(model, "int8")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_loaded_model_runs_compiled(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    config = llmcomp.QuantizationConfig("int8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    eager = logits(loaded)
+    torch._dynamo.reset()
+    loaded.compile(backend="llmcomp")
+    torch.testing.assert_close(logits(loaded), eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_damaged_checkpoint_is_refused(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers reports what is wrong with each weight, and raises an error that points there."""
+    model = llama()
+    llmcomp.quantize_(model, "int4")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:, :1].repeat(1, 3).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="conversion"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    says = "the checkpoint is incomplete" if damage == "missing" else "does not belong to this model"
+    assert says in capfd.readouterr().err + caplog.text
+
+
+def test_unknown_formats_are_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match="int4"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=llmcomp.QuantizationConfig("int5"))
