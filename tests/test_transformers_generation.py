@@ -23,7 +23,7 @@ SECONDS = 3600.0  # for the tests of one model
 
 # Folders of tests/models.
 MODELS = """llama gpt2 mistral gemma2 gemma3 qwen3 mixtral phi3 gpt_neox opt bloom falcon gpt_oss
-    deepseek_v3 mamba mamba2 t5 bart""".split()
+    deepseek_v3 mamba mamba2 qwen3_next t5 bart""".split()
 
 FLASH = "needs a GPU and the package flash_attn"
 TWO_GPUS = "needs two GPUs"
@@ -155,6 +155,7 @@ SKIPPED_OF: Mapping[str, Mapping[str, str]] = {
         "test_recurrent_layers_mask_padding_on_continued_forward": "its convolution can't go on from a chunk",
     },
     "mamba2": SCAN,
+    "qwen3_next": PACKING | dict.fromkeys(ASSISTED, STATEFUL),
     "t5": NOT_RECURRENT | TWO_STACKS,
     "bart": NOT_RECURRENT
     | PACKING
