@@ -130,12 +130,51 @@ constexpr bool same = false;
 template <typename A>
 constexpr bool same<A, A> = true;
 
+// How keys and values of type KV meet queries of type T: Dots for few rows, Columns for many.
+template <typename KV, typename T>
+struct Formats {
+    typedef micro::Format<KV, T> Dots;
+    typedef micro::ColumnFormat<KV, T> Columns;
+};
+#if defined(__AVX512BF16__)
+// Codes next to bf16, which holds every one of them exactly: pairs for the instruction that bf16 has.
+template <typename KV>
+struct Codes : micro::Pairs {
+    typedef KV Weight;
+    INLINE micro::Bits pairs(Vec low, Vec high) {
+        micro::Bits both;
+        __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+        return both;
+    }
+    INLINE micro::Bits read(const KV* p) { return pairs(micro::widen(p), micro::widen(p + W)); }
+    INLINE micro::Bits read_part(const KV* p, int64_t count) {
+        const int64_t low = op::minimum(count, W);
+        return pairs(micro::widen_part(p, low), micro::widen_part(p + low, count - low));
+    }
+    INLINE micro::Bits row(const KV* p) { return read(p); }
+    INLINE micro::Bits row_part(const KV* p, int64_t count) { return read_part(p, count); }
+    INLINE micro::Bits columns(const KV* p, int64_t ld) { return beside(micro::widen(p), micro::widen(p + ld)); }
+    INLINE micro::Bits columns_part(const KV* p, int64_t ld, int64_t count) {
+        return beside(micro::widen_part(p, count), micro::widen_part(p + ld, count));
+    }
+    INLINE micro::Bits beside(Vec a, Vec b) { return (micro::Bits)a >> 16 | (micro::Bits)b; }
+};
+template <>
+struct Formats<int8_t, bf16> {
+    typedef Codes<int8_t> Dots, Columns;
+};
+template <>
+struct Formats<e4m3, bf16> {
+    typedef Codes<e4m3> Dots, Columns;
+};
+#endif
+
 // T: of q. KV: of k and v, T or a type of codes, of which each key and each value has a scale. GROUP query heads read
 // one head of keys. DIRECT: channels of k and v are neighbours in memory.
 template <typename T, typename KV, typename Out, int64_t GROUP, int64_t D, int64_t DV, bool DIRECT>
 struct Attention {
-    typedef micro::Format<KV, T> Dots;  // q . k, for few rows
-    typedef micro::ColumnFormat<KV, T> F;  // both products, for many rows
+    typedef typename Formats<KV, T>::Dots Dots;  // q . k, for few rows
+    typedef typename Formats<KV, T>::Columns F;  // both products, for many rows
     typedef typename F::Packed Packed;
     static constexpr bool SCALED = !same<T, KV>;
 

@@ -159,8 +159,8 @@ def tensors(case: Case, batch: int, queries: int, keys: int) -> list[torch.Tenso
     values, step = case.value_dim or case.head_dim, 2 if case.spread else 1
     sizes = [(case.heads, queries, case.head_dim), (case.kv_heads, keys, case.head_dim), (case.kv_heads, keys, values)]
     given = [torch.randn(batch, *s[:2], step * s[2]) for s in sizes]
-    given = [given[0].to(case.dtype), *(t.mul(40 if case.codes else 1).to(case.codes or case.dtype) for t in given[1:])]
-    given += [torch.rand(keys, batch, case.kv_heads) / 20 for _ in range(2 if case.codes else 0)]
+    given = [given[0].to(case.dtype), *(t.mul(30 if case.codes else 1).to(case.codes or case.dtype) for t in given[1:])]
+    given += [(torch.rand(keys, batch, case.kv_heads) + 0.5) / 40 for _ in range(2 if case.codes else 0)]
     if case.mask is BOOL:
         given.append(torch.rand(batch, queries, keys) < 0.7)
     elif case.name == "alibi":
