@@ -85,7 +85,7 @@ def test_a_run_writes_what_it_knows(tmp_path: Path, capsys: pytest.CaptureFixtur
     status = main(["--device", "cpu", "--tiny", "--part", "attention", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert status == 0 and list(record["parts"]) == ["attention"]
-    assert record["limits"]["read"] > 0 and record["versions"]["torch"] == torch.__version__
+    assert record["limits"]["read"] > 0 and torch.__version__.startswith(record["versions"]["torch"])
     assert {"date", "machine", "driver", "commit", "command"} <= record.keys()
     assert capsys.readouterr().out.strip() == (tmp_path / "gpu.md").read_text().strip()
 
