@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from llmcomp.graph import is_random, mutated
+from llmcomp.quantized_cache import QuantizedCacheTensor
 from llmcomp.report import Program, ProgramReport
 from llmcomp.status import shared_status
 
@@ -52,9 +53,11 @@ def capturable(graph: Graph, externs: Sequence[Node]) -> Inputs | None:
 
     `externs` are the nodes that the program calls in eager.
     """
-    values = (n.meta.get("val") for n in graph.nodes)
+    values = [n.meta.get("val") for n in graph.nodes]
     if any(isinstance(v, Tensor) and v.device.type != "cuda" for v in values) or not all(map(_replays, externs)):
         return None
+    if any(isinstance(v, QuantizedCacheTensor) for v in values):
+        return None  # results whose memory is that of their parts
     placeholders, targets = graph.find_nodes(op="placeholder"), mutated(graph)
     return Inputs(
         frozenset(i for i, n in enumerate(placeholders) if n in targets),

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from llmcomp import cuda_graph
 from llmcomp.cuda_graph import ATTEMPTS, GRAPHS, WORTH, GraphedProgram, GraphedStep, Inputs, capturable, movable
 from llmcomp.program import Executable
+from llmcomp.quantized_cache import QuantizedCacheTensor
 from llmcomp.replay import _Bound
 from llmcomp.report import ProgramReport
 
@@ -271,5 +272,7 @@ def test_which_programs_can_be_captured() -> None:
     assert capturable(graph, [nodes["sort"]]) == Inputs(frozenset({1}), frozenset({2}))
     for name in ("draw", "nonzero", "grow"):
         assert capturable(graph, [nodes["sort"], nodes[name]]) is None
+    nodes["sort"].meta["val"] = QuantizedCacheTensor(nodes["x"].meta["val"], nodes["x"].meta["val"], torch.float32)
+    assert capturable(graph, [nodes["sort"]]) is None
     graph, nodes = graph_of("cpu")
     assert capturable(graph, []) is None
