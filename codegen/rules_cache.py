@@ -10,6 +10,8 @@ from llmcomp.codegen.index import ZERO, Index
 from llmcomp.codegen.kernel import Argument
 from llmcomp.codegen.pull import Puller, Rule, compute_dtype, fake
 from llmcomp.codegen.rules_reduce import Along
+from llmcomp.graph import base
+from llmcomp.region import Unfit
 
 
 def cache_scale(p: Puller, node: Node, index: Index) -> Argument:
@@ -56,6 +58,8 @@ def cache_quantize(p: Puller, node: Node, index: Index) -> Argument:
 
 def cache_dequantize(p: Puller, node: Node, index: Index) -> Argument:
     """codes * scale"""
+    if fake(_source(node)).dtype.is_floating_point and not p.in_memory(base(_source(node))):
+        raise Unfit("codes in float8 are rounded where they are stored")
     saved, p.dtype = p.dtype, torch.float32
     try:
         codes = p.convert(p.at(_source(node), index, "codes"), p.dtype)

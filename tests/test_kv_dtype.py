@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -170,6 +171,22 @@ def test_a_loop_without_a_cache_keeps_codes(graphs: list[GraphReport]) -> None:
             ids = torch.cat([ids, found.logits[:, -1:].argmax(-1)], 1)
     step = graphs[-1]
     assert step.kind == "cached" and {e.op for e in step.program.externs} == {"llmcomp.cache_grow.default"}
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_other_readers_of_a_key_see_what_is_kept(graphs: list[GraphReport], kv_dtype: str) -> None:
+    def fn(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys = k * 2
+        return F.scaled_dot_product_attention(q, keys, keys), keys, keys + 1
+
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        out, keys, other = torch.compile(fn, backend="llmcomp", options={"kv_dtype": kv_dtype})(q, k)
+    expected = rounded(k * 2, kv_dtype)
+    assert isinstance(keys, QuantizedCacheTensor) and len(graphs) == 1
+    torch.testing.assert_close(keys.dequantized(), expected)
+    torch.testing.assert_close(other, expected + 1)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, expected, expected))
 
 
 def test_verify(graphs: list[GraphReport]) -> None:
