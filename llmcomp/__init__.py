@@ -21,6 +21,7 @@ from llmcomp.errors import (
 )
 
 if TYPE_CHECKING:
+    from llmcomp.calibration import calibrate
     from llmcomp.explanation import Explanation, explain
     from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
     from llmcomp.generation import custom_generate, generate, stream
@@ -51,6 +52,7 @@ __all__ = [
     "Quantization",
     "QuantizationConfig",
     "VerifyError",
+    "calibrate",
     "custom_generate",
     "explain",
     "generate",
@@ -65,6 +67,7 @@ _LATER = {
     "explain": "llmcomp.explanation",
     "Options": "llmcomp.options",
     "reset": "llmcomp.reuse",
+    "calibrate": "llmcomp.calibration",
     "Quantization": "llmcomp.quantization",
     "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",

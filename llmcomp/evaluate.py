@@ -2,9 +2,11 @@
 
     python -m llmcomp.evaluate examples/tiny_llama
     python -m llmcomp.evaluate MODEL --formats int8,int4_g32 --text book.txt --dtype bfloat16
+    python -m llmcomp.evaluate MODEL --formats int4,int4+gptq --calibrate other.txt
 
-MODEL is a folder that transformers loads. The text is that of `--text`, or heldout.txt in the folder. Speed is the
-median over rounds that take turns between the formats: tokens per second of greedy decoding at batch 1, compiled.
+A format followed by +gptq is calibrated on the text of `--calibrate`. MODEL is a folder that transformers loads. The
+text to measure on is that of `--text`, or heldout.txt in the folder. Speed is the median over rounds that take turns
+between the formats: tokens per second of greedy decoding at batch 1, compiled.
 """
 
 import argparse
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llmcomp.calibration import calibrate
 from llmcomp.formats import names, parse_format
 from llmcomp.perplexity import Perplexity, perplexity
 from llmcomp.quantization import quantize_
 
+GPTQ = "+gptq"
 DEFAULT_FORMATS = "int8,fp8,int4_g32,int4,nf4,mxfp4"
 
 
@@ -56,21 +60,32 @@ def decode(model: Any, new: int) -> float:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, text: str, formats: Sequence[str], *, window: int = 512, new: int = 65, rounds: int = 5
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    formats: Sequence[str],
+    *,
+    data: Sequence[Tensor] = (),
+    window: int = 512,
+    new: int = 65,
+    rounds: int = 5,
 ) -> list[Evaluated]:
     """The float model, then a copy of it in each format: perplexity on `text`, bytes, and speed in interleaved rounds.
 
+    `data` are batches of token ids for formats that end in +gptq.
+
     Raises:
         OptionError: a format that does not exist.
+        FormatError: a format is to be calibrated and there is no data.
     """
     for given in formats:
-        parse_format(given)
+        parse_format(given.removesuffix(GPTQ))
     choices: list[str | None] = [None, *formats]
     rows, models = [], []
     for name in choices:
         made = copy.deepcopy(model)
         if name is not None:
-            quantize_(made, name)
+            _quantize(made, name, data)
         made.compile(backend="llmcomp")
         quality = perplexity(made, tokenizer, text, window=window, stride=window // 2)
         title = str(model.dtype).split(".")[-1] if name is None else name
@@ -83,6 +98,20 @@ def evaluate(
         for row, made in zip(rows, models, strict=True):
             row.rates.append(decode(made, new))
     return rows
+
+
+def _quantize(model: nn.Module, name: str, data: Sequence[Tensor]) -> None:
+    if name.endswith(GPTQ):
+        calibrate(model, data, name.removesuffix(GPTQ))
+    else:
+        quantize_(model, name)
+
+
+def pieces(tokenizer: Any, text: str, length: int, most: int) -> list[Tensor]:
+    """Up to `most` pieces of a text, (1, length) token ids each, evenly spread over it."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    cut = [ids[i : i + length][None] for i in range(0, len(ids) - length + 1, length)]
+    return cut[:: max(1, len(cut) // most)][:most]
 
 
 def table(rows: Sequence[Evaluated]) -> str:
@@ -102,6 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="a folder that transformers loads")
     parser.add_argument("--formats", default=DEFAULT_FORMATS, help=f"with commas, of {', '.join(names())}")
     parser.add_argument("--text", type=Path, help="UTF-8 text (default: heldout.txt in the folder)")
+    parser.add_argument("--calibrate", type=Path, help="UTF-8 text, other than that of --text, for formats with +gptq")
     parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -124,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = file.read_bytes()[: args.bytes].decode(errors="ignore")
     formats = [name for name in args.formats.split(",") if name]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = pieces(tokenizer, args.calibrate.read_text(errors="ignore"), args.window, 64) if args.calibrate else []
     shape = {"window": args.window, "new": args.new, "rounds": args.rounds}
-    print(f"\n{table(evaluate(model, tokenizer, text, formats, **shape))}")
+    print(f"\n{table(evaluate(model, tokenizer, text, formats, data=data, **shape))}")
 
 
 if __name__ == "__main__":

@@ -79,20 +79,36 @@ class Format:
             FormatError: it is no matrix, `group` does not divide K, or it holds NaN or infinite numbers.
         """
         check(weight, self)
-        return self._quantize(weight.float())
+        parts = grouped(weight.float(), self.group)
+        scale, zero = self.scales(parts)
+        return self.packed(self.round(parts, scale, zero).flatten(-2), scale, zero)
+
+    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Packed:
+        """Codes (N, K), scales and zero points (N, groups) as they are stored."""
+        return Packed(pack(codes) if self.bits == 4 else codes, scale if self.group else scale.flatten(), zero)
 
     def dequantize(self, packed: Packed, columns: int, dtype: torch.dtype) -> Tensor:
         """The matrix (..., columns) that `packed` stands for, computed in float32 and rounded once to `dtype`.
 
         Leading dimensions are free: rows that were gathered out of a matrix are dequantized the same way.
         """
-        return self._dequantize(packed, columns).to(dtype)
+        codes = unpack(packed.codes, columns) if self.bits == 4 else packed.codes
+        scale = packed.scale if self.group else packed.scale.unsqueeze(-1)
+        return self.numbers(grouped(codes, self.group), scale, packed.zero).flatten(-2).to(dtype)
 
-    def _quantize(self, weight: Tensor) -> Packed:
+    # ---- the arithmetic: of groups (..., groups, K / groups) with scales and zero points (..., groups) as stored ----
+
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale of every group of float weights, and its zero point where the format has one."""
         raise NotImplementedError
 
-    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
+    def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest code of every float weight."""
         raise NotImplementedError
+
+    def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What codes stand for, in float32."""
+        return codes.float() * scale.float().unsqueeze(-1)
 
 
 def check(weight: Tensor, format: Format) -> None:
@@ -113,8 +129,8 @@ def check(weight: Tensor, format: Format) -> None:
         raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
 
 
-def _grouped(values: Tensor, group: int) -> Tensor:
-    """(..., K) as (..., groups, group)."""
+def grouped(values: Tensor, group: int) -> Tensor:
+    """(..., K) as (..., groups, group); one group where `group` is 0."""
     return values.reshape(*values.shape[:-1], -1, group or values.shape[-1])
 
 
@@ -124,8 +140,8 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def _stored(scale: Tensor, group: int) -> Tensor:
-    """Scales as they are stored: (N,) float32 for rows, (N, groups) bfloat16 for groups."""
-    return scale if not group else _nonzero(scale).bfloat16()
+    """Scales as they are stored: float32 for rows, bfloat16 for groups."""
+    return _nonzero(scale) if not group else _nonzero(_nonzero(scale).bfloat16())
 
 
 @dataclass(frozen=True)
@@ -134,14 +150,11 @@ class Int8(Format):
 
     stem: ClassVar[str] = "int8"
 
-    def _quantize(self, weight: Tensor) -> Packed:
-        parts = _grouped(weight, self.group)
-        scale = _stored(_nonzero(parts.abs().amax(-1) / 127), self.group)
-        codes = torch.round(parts / scale.float().unsqueeze(-1)).clamp_(-127, 127).to(torch.int8).flatten(1)
-        return Packed(codes, scale if self.group else scale.flatten())
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _stored(parts.abs().amax(-1) / 127, self.group), None
 
-    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
-        return _scaled(packed.codes.float(), packed.scale, self.group)
+    def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return torch.round(parts / scale.float().unsqueeze(-1)).clamp_(-127, 127).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -151,19 +164,11 @@ class Fp8(Format):
     stem: ClassVar[str] = "fp8"
     groups: ClassVar[tuple[int, ...]] = (0,)
 
-    def _quantize(self, weight: Tensor) -> Packed:
-        scale = _nonzero(weight.abs().amax(1) / 448)
-        return Packed((weight / scale.unsqueeze(1)).clamp_(-448, 448).to(torch.float8_e4m3fn), scale)
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _stored(parts.abs().amax(-1) / 448, self.group), None
 
-    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
-        return packed.codes.float() * packed.scale.unsqueeze(-1)
-
-
-def _scaled(values: Tensor, scale: Tensor, group: int) -> Tensor:
-    """values (..., K) times the scale of their row or group."""
-    if not group:
-        return values * scale.unsqueeze(-1)
-    return (_grouped(values, group) * scale.float().unsqueeze(-1)).flatten(-2)
+    def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return (parts / scale.unsqueeze(-1)).clamp_(-448, 448).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -188,23 +193,24 @@ class Int4(Format):
     def __str__(self) -> str:
         return super().__str__() + ("_symmetric" if self.symmetric else "")
 
-    def _quantize(self, weight: Tensor) -> Packed:
-        parts = _grouped(weight, self.group)
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.symmetric:
             largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
-            scale, zero = _stored(largest / -8, self.group), None
-            shift = torch.full_like(scale, 8)
-        else:
-            low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
-            scale = _stored((high - low) / 15, self.group)
-            shift = zero = torch.round(-low / scale.float()).clamp_(0, 15).to(torch.uint8)
-        codes = torch.round(parts / scale.float().unsqueeze(-1)) + shift.float().unsqueeze(-1)
-        return Packed(pack(codes.clamp_(0, 15).to(torch.uint8).flatten(1)), scale, zero)
+            return _stored(largest / -8, self.group), None
+        low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+        scale = _stored((high - low) / 15, self.group)
+        return scale, torch.round(-low / scale.float()).clamp_(0, 15).to(torch.uint8)
 
-    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
-        codes = _grouped(unpack(packed.codes, columns).float(), self.group)
-        zero = 8.0 if packed.zero is None else packed.zero.float().unsqueeze(-1)
-        return ((codes - zero) * packed.scale.float().unsqueeze(-1)).flatten(-2)
+    def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        codes = torch.round(parts / scale.float().unsqueeze(-1)) + _shift(zero)
+        return codes.clamp_(0, 15).to(torch.uint8)
+
+    def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return (codes.float() - _shift(zero)) * scale.float().unsqueeze(-1)
+
+
+def _shift(zero: Tensor | None) -> Tensor | float:
+    return 8.0 if zero is None else zero.float().unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -213,9 +219,11 @@ class Coded(Format):
 
     bits: ClassVar[int] = 4
 
-    def _dequantize(self, packed: Packed, columns: int) -> Tensor:
-        table = torch.tensor(self.table, device=packed.codes.device)
-        return _scaled(table[unpack(packed.codes, columns).int()], scale_of(packed.scale), self.group)
+    def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return self._nearest(parts / scale_of(scale).unsqueeze(-1))
+
+    def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return torch.tensor(self.table, device=codes.device)[codes.int()] * scale_of(scale).unsqueeze(-1)
 
     def _nearest(self, values: Tensor) -> Tensor:
         """The codes of the numbers of the table that are nearest to `values` (ties: the even code), as uint8."""
@@ -241,10 +249,8 @@ class Nf4(Coded):
     def table(self) -> tuple[float, ...]:
         return NF4_TABLE
 
-    def _quantize(self, weight: Tensor) -> Packed:
-        parts = _grouped(weight, self.group)
-        scale = _stored(parts.abs().amax(-1), self.group)
-        return Packed(pack(self._nearest(parts / scale.float().unsqueeze(-1)).flatten(1)), scale)
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _stored(parts.abs().amax(-1), self.group), None
 
 
 @dataclass(frozen=True)
@@ -259,11 +265,9 @@ class Mxfp4(Coded):
     def table(self) -> tuple[float, ...]:
         return E2M1_TABLE
 
-    def _quantize(self, weight: Tensor) -> Packed:
-        parts = _grouped(weight, self.group)
+    def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
         _, exponent = torch.frexp(parts.abs().amax(-1))  # max = mantissa * 2 ** exponent, mantissa in [0.5, 1)
-        stored = (exponent - 3 + 127).clamp_(1, 254).to(torch.uint8)
-        return Packed(pack(self._nearest(parts / scale_of(stored).unsqueeze(-1)).flatten(1)), stored)
+        return (exponent - 3 + 127).clamp_(1, 254).to(torch.uint8), None
 
 
 def scale_of(stored: Tensor) -> Tensor:

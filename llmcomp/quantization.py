@@ -92,8 +92,8 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
         if form is not None and not bool(torch.isfinite(site.weight).all()):
             raise FormatError(f"{site.name}: expected finite weights, found NaN or infinity: repair the checkpoint")
     done = Quantization(tuple(_apply(*plan) for plan in planned))
-    if done.quantized and hasattr(model, "save_pretrained"):
-        _prepare_saving(model, planned)
+    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in _names(model, site)]
+    prepare_saving(model, dict(pairs))
     return done
 
 
@@ -122,11 +122,12 @@ def _planned(model: nn.Module, spec: Spec) -> list[tuple["Site", Format | None, 
     return planned
 
 
-def _prepare_saving(model: nn.Module, planned: Sequence[tuple["Site", Format | None, str]]) -> None:
-    from llmcomp.hf_quantizer import attach  # brings in transformers, whose model this is
+def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
+    """Let `save_pretrained` of a model of transformers save quantized weights, given by the names of their modules."""
+    if formats and hasattr(model, "save_pretrained"):
+        from llmcomp.hf_quantizer import attach  # brings in transformers, whose model this is
 
-    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in _names(model, site)]
-    attach(model, {f"{name}.weight": form for name, form in pairs})
+        attach(model, {f"{name}.weight": form for name, form in formats.items()})
 
 
 def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
