@@ -179,7 +179,7 @@ def test_other_readers_of_a_key_see_what_is_kept(graphs: list[GraphReport], kv_d
         keys = k * 2
         return F.scaled_dot_product_attention(q, keys, keys), keys, keys + 1
 
-    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    q, k = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 4, 8)  # of another length: no cache is written in place
     with torch.no_grad():
         out, keys, other = torch.compile(fn, backend="llmcomp", options={"kv_dtype": kv_dtype})(q, k)
     expected = rounded(k * 2, kv_dtype)
