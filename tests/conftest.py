@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Files whose tests take long and share nothing: each test goes to the worker that is free.
-SPREAD = ("test_bench.py", "test_bench_gpu.py", "test_integrate.py", "test_kv_cache.py", "test_kv_dtype.py", "test_models.py")
+SPREAD = tuple(f"test_{name}.py" for name in "bench bench_gpu integrate kv_cache kv_dtype models".split())
 
 
 @pytest.hookimpl(optionalhook=True)
