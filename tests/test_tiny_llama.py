@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from llmcomp.perplexity import IGNORED, windows
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDER = EXAMPLES / "tiny_llama"
 TEXTS = [
@@ -95,13 +97,13 @@ def test_special_tokens_agree_with_the_model(model: PreTrainedModel, tokenizer: 
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_windows_predict_every_token_once(example: ModuleType) -> None:
+def test_windows_predict_every_token_once() -> None:
     for length in (1, 7, 8, 9, 30):
         tokens = torch.arange(100, 100 + length)
-        inputs, labels = example.windows(tokens, bos=1, window=8, stride=3)
-        assert labels[labels != example.IGNORED].tolist() == tokens.tolist()
+        inputs, labels = windows(tokens, bos=1, window=8, stride=3)
+        assert labels[labels != IGNORED].tolist() == tokens.tolist()
         assert (inputs[:, 0] == 1).all()
-        counted = labels != example.IGNORED
+        counted = labels != IGNORED
         before = torch.where(labels == 100, 1, labels - 1)
         assert torch.equal(inputs[counted], before[counted])
 
