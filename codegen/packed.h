@@ -490,6 +490,8 @@ struct Operand : contract::Operand<typename Unpacked<Graph>::Type, Graph, BLOCK>
             constexpr int64_t GROUP = Weights::GROUP, PER = GROUP ? BLOCK / GROUP : 0;
             for (int64_t b = 0; b < stride / BLOCK; ++b)
                 to[b * slots + row].template set<GROUP>(line + b * BLOCK, sums + b * PER);
+            // Sums are read W at a time: what meets no group must be a number.
+            for (int64_t g = stride / BLOCK * PER; g < I::totals(stride); ++g) sums[g] = 0;
             return;
         }
 #endif

@@ -1,5 +1,6 @@
 """Quantized weights in C++ Contracts: every format, few and many rows, odd sizes; few or no vectors; the sanitizers."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,11 +41,24 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     return Library([render_contract(kernel) for kernel in kernels], folder, unoptimized(folder))
 
 
+def leave_nans_behind() -> None:
+    """What the next allocations find in memory that nobody has set is not a number."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    pieces = [(libc.malloc(length), length) for length in (2**k for k in range(8, 17))]
+    for piece, length in pieces:
+        ctypes.memset(piece, 0xFF, length)
+    for piece, _ in pieces:
+        libc.free(piece)
+
+
 def check(library: Library, symbol: str, shape: tuple[str, torch.dtype, int, int]) -> None:
     name, dtype, k, n = shape
     form = parse_format(name)
     for rows, threads in ((1, 1), (1, 2), (2, 1), (3, 2), (8, 1), (9, 2), (40, 2)):  # above 8 a tile is unpacked once
         buffers, exact = packed_buffers(rows, k, n, form, dtype)
+        leave_nans_behind()
         assert library.call(symbol, buffers, [rows], threads) == 0
         if dtype == F32:
             assert_equal_float32(buffers[-1], exact.float())
@@ -78,9 +92,8 @@ def test_narrower_vectors(tmp_path: Path, flags: tuple[str, ...]) -> None:
 
 def test_nothing_outside_of_the_buffers_is_read(tmp_path: Path) -> None:
     calls = []
-    for name in ("int8", "int8_g32", "int4_g32", "nf4_g32"):
+    for name in ("int8", "int4_g32"):
         form = parse_format(name)
-        for rows in (1, 11):
-            kernel = replace(packed_linear(S0, 96, 7, form, F32), name=f"{name}_{rows}")
-            calls.append(Call(kernel, packed_buffers(rows, 96, 7, form, F32)[0], [rows]))
+        kernel = replace(packed_linear(S0, 96, 7, form, F32), name=f"{name}_linear")
+        calls += [Call(kernel, packed_buffers(rows, 96, 7, form, F32)[0], [rows]) for rows in (1, 11)]
     assert sanitize(calls, tmp_path) == ""

@@ -139,6 +139,14 @@ def test_compiled_equals_eager(name: str) -> None:
     assert counted.frame_count > 0
 
 
+def test_the_lean_loop_gives_the_same_tokens() -> None:
+    model = llama()
+    quantize_(model, "int4")
+    with torch.no_grad():
+        tokens = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    assert torch.equal(llmcomp.generate(model, IDS, max_new_tokens=12, do_sample=False), tokens)
+
+
 def test_packed_bytes_are_what_a_step_reads() -> None:
     model = llama()
     quantize_(model, "int4")
