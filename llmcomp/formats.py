@@ -35,6 +35,7 @@ NF4_TABLE = (
 # OCP Microscaling Formats (MX) v1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 GROUPS = (32, 64, 128)
+AT_ONCE = 2**24  # weights that are quantized together: several float32 copies of them are made
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,13 @@ class Format:
             FormatError: it is no matrix, `group` does not divide K, or it holds NaN or infinite numbers.
         """
         check(weight, self)
-        parts = grouped(weight.float(), self.group)
+        some = [self._some(rows) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
+        zeros = [p.zero for p in some if p.zero is not None]
+        codes, scale = torch.cat([p.codes for p in some]), torch.cat([p.scale for p in some])
+        return Packed(codes, scale, torch.cat(zeros) if zeros else None)
+
+    def _some(self, rows: Tensor) -> Packed:
+        parts = grouped(rows.float(), self.group)
         scale, zero = self.scales(parts)
         return self.packed(self.round(parts, scale, zero).flatten(-2), scale, zero)
 
@@ -125,7 +132,7 @@ def check(weight: Tensor, format: Format) -> None:
             f"expected the {shape[1]} inputs of a weight to be a multiple of the group, found a group of "
             f"{format.group}: choose a group that divides them, or leave this weight out"
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in weight.split(max(1, AT_ONCE // shape[1]))):
         raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llmcomp.errors import FormatError, OptionError
-from llmcomp.formats import Format, Int8, parse_format
+from llmcomp.formats import Format, Int8, check, parse_format
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 
@@ -89,8 +89,12 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
     """
     planned = [plan for plan in _planned(model, spec) if only(plan[0].weight)]
     for site, form, _ in planned:
-        if form is not None and not bool(torch.isfinite(site.weight).all()):
-            raise FormatError(f"{site.name}: expected finite weights, found NaN or infinity: repair the checkpoint")
+        if form is None:
+            continue
+        try:
+            check(site.weight.t() if site.transposed else site.weight, form)
+        except FormatError as problem:
+            raise FormatError(f"{site.name}: {problem}") from problem
     done = Quantization(tuple(_apply(*plan) for plan in planned))
     pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in _names(model, site)]
     prepare_saving(model, dict(pairs))

@@ -99,6 +99,17 @@ def test_error_on_normal_weights(name: str, error: float) -> None:
     assert error / 2 < relative < error
 
 
+@EVERY
+def test_large_matrices_are_quantized_piece_by_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, weight = parse_format(name), weights()
+    whole = form.quantize(weight)
+    monkeypatch.setattr("llmcomp.formats.AT_ONCE", 5 * 256)
+    pieces = form.quantize(weight)
+    for part in ("codes", "scale", "zero"):
+        one, other = getattr(whole, part), getattr(pieces, part)
+        assert one is None and other is None or torch.equal(one.float(), other.float())
+
+
 def test_int8_by_hand() -> None:
     packed = Int8().quantize(torch.tensor([[1.27, -0.635, 0.005, 0.0149]]))
     assert packed.codes.tolist() == [[127, -64, 0, 1]]  # 63.5 is a tie: the even code
