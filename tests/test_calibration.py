@@ -5,20 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import llmcomp
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.quantized import QuantizedTensor
+from tests.quantizable import llama as any_llama
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return any_llama(spread=0.2)  # so that what the layers compute is felt in the logits
 
 
 def batches(count: int = 6) -> list[Tensor]:

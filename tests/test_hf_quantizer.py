@@ -8,28 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import llmcomp
 from llmcomp.errors import OptionError
 from llmcomp.quantized import QuantizedTensor
-
-IDS = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(0))
-
-
-def llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def logits(model: torch.nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+from tests.quantizable import llama, logits
 
 
 def formats(model: torch.nn.Module) -> dict[str, str]:

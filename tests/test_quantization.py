@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmcomp
 from llmcomp.errors import FormatError, OptionError
@@ -17,8 +17,7 @@ from llmcomp.formats import Int4, Int8
 from llmcomp.quantization import quantize_
 from llmcomp.quantized import QuantizedTensor
 from tests.numerics import assert_equal_float32
-
-IDS = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(0))
+from tests.quantizable import IDS, llama, logits
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +25,6 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -1,0 +1,24 @@
+"""A Llama whose weights fit every storage format, for the tests of quantization."""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 300
+IDS = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(tied: bool = True, spread: float = 0.02) -> LlamaForCausalLM:
+    """Two layers with seeded weights of standard deviation `spread`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=spread,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    """What the model makes of IDS."""
+    with torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
