@@ -1,7 +1,7 @@
 // Weights in a storage format: codes of 8 or 4 bits, with scales for rows or for groups of neighbours along k.
 //
-// Up to FEW rows of the operand meet the codes as they are read: a weight is unpacked in registers, multiplied in float
-// and never stored. For more rows a tile of weights is unpacked once into the cache, and contract.h does the rest.
+// Up to FEW rows of the operand meet the codes as they are read: a weight is unpacked in registers and never stored, and
+// multiplied in float, or as an integer with an operand in fixed point. For more rows a tile of weights is unpacked once into the cache, and contract.h does the rest.
 #pragma once
 #include "contract.h"
 
@@ -77,8 +77,8 @@ INLINE Whole dot(Run w, Run x, Whole acc) {
     return acc;
 }
 
-// A block of an operand row in fixed point: digits of 8 bits each, in units of `scale`. Two digits have 16 bits, more
-// than twice as many as a bf16 or f16 holds; three are for float. Weights are met as unsigned bytes, SHIFT more than
+// A block of an operand row in fixed point: digits of 8 bits each, in units of `scale`. Two digits (for bf16 and f16)
+// resolve a 65,000th of the largest number of the block, three (for float) a 16 millionth. Weights are met as unsigned bytes, SHIFT more than
 // they are worth: sums of products start at what that adds, for both halves of the block or (PARTS is 2) each.
 template <int64_t DIGITS, int SHIFT, int64_t PARTS>
 struct alignas(64) Fixed {
@@ -98,15 +98,16 @@ struct alignas(64) Fixed {
     template <int64_t GROUP>
     void set(const float* x, float* totals) {
         constexpr float LARGEST = DIGITS == 2 ? 32512.0f : 8323072.0f;  // 127 in the highest digit, after any rounding
-        Vec most = {};
+        Vec most = {}, probe = {};
         for (int64_t i = 0; i < BLOCK; i += W) {
             const Vec v = load<Vec>(x + i);
             const Vec a = v < 0.0f ? -v : v;
             most = a > most ? a : most;
+            probe += v * 0.0f;  // NaN where a number is NaN or infinite: integers hold neither
         }
         float largest = 0;
         for (int64_t i = 0; i < W; ++i) largest = op::maximum(largest, most[i]);
-        scale = largest / LARGEST;
+        scale = largest / LARGEST + micro::sum(probe);
         const Vec inverse = splat(largest > 0 ? LARGEST / largest : 0.0f);
         for (auto& part : start)
             for (Whole& digit : part) digit = Whole{};

@@ -3,7 +3,7 @@
     batches = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
     llmcomp.calibrate(model, batches, "int4")
 
-    inputs of the first layer, for every batch
+    how each layer is called, for every batch, and the inputs of the first
     for each layer:  second moments of the inputs of its matrices -> their codes -> inputs of the next layer
 
 Each layer is calibrated on what the quantized layers before it give. In memory are the inputs of one layer and the
@@ -11,7 +11,7 @@ moments of its matrices.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from llmcomp.errors import FormatError
-from llmcomp.formats import Format
+from llmcomp.formats import Format, check
 from llmcomp.gptq import gptq
-from llmcomp.quantization import Quantization, Row, Spec, chosen, is_conv, prepare_saving, quantize_
+from llmcomp.quantization import Quantization, Row, Spec, chosen, is_conv, is_linear, prepare_saving, quantize_, sites
 from llmcomp.quantized import QuantizedTensor
 
 
@@ -33,10 +33,6 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class _Reached(Exception):
-    """The first layer is reached: what follows need not run."""
 
 
 @torch.no_grad()
@@ -51,26 +47,60 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], spec: Spec, damping: 
             found. The model is then as it was.
     """
     layers = decoder_layers(model)
-    plan = dict(chosen(model, spec))
+    plan, holders = _checked_plan(model, spec)
     names = {id(module): name for name, module in model.named_modules()}
-    calls = _first_calls(model, layers, batches)
-    if not calls:
-        raise FormatError("expected batches of token ids to calibrate on, found none: pass text of the model's kind")
-    rows: list[Row] = []
-    for layer in track(layers, "calibrating", disable=not sys.stderr.isatty()):
-        formats = {m: plan[names[id(m)]] for m in layer.modules() if names[id(m)] in plan}
-        moments = _moments(layer, formats, calls)
-        for module, form in formats.items():
-            rows.append(_quantize(names[id(module)], module, form, moments.get(module), damping))
-        for call in calls:
-            _advance(call, _first(layer(*call.args, **call.kwargs)))
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        calls = _calls(model, layers, batches)
+        rows: list[Row] = []
+        position = 0
+        for layer, of_layer in zip(track(layers, "calibrating", disable=not sys.stderr.isatty()), calls, strict=True):
+            formats = {m: plan[names[id(m)]] for m in layer.modules() if is_linear(m) and names[id(m)] in plan}
+            formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
+            moments = _moments(layer, formats, of_layer)
+            for module, form in formats.items():
+                row = _quantize(names[id(module)], module, form, moments.get(module), damping)
+                for other in holders[names[id(module)]]:
+                    other.weight = module.weight
+                rows.append(row)
+            position += 1
+            for index, call in enumerate(of_layer):
+                hidden = _first(layer(*call.args, **call.kwargs))
+                if position < len(calls):
+                    _advance(calls[position][index], hidden)
+            of_layer.clear()
+    finally:
+        for module, training in was_training.items():
+            module.training = training
     prepare_saving(model, {row.name: plan[row.name] for row in rows})
     rest = quantize_(model, spec, lambda weight: not isinstance(weight, QuantizedTensor))
     return Quantization((*rows, *rest.rows))
 
 
+def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict[str, tuple[nn.Module, ...]]]:
+    """The format of every weight that is quantized, by the name of its module, and the modules that hold it.
+
+    Raises:
+        OptionError, FormatError: as `quantize_`.
+    """
+    plan = dict(chosen(model, spec))
+    holders: dict[str, tuple[nn.Module, ...]] = {}
+    for site in sites(model):
+        names = [name for name, module in model.named_modules() if any(module is h for h in site.holders)]
+        holders |= dict.fromkeys(names, site.holders)
+        form = next((plan[name] for name in names if name in plan), None)
+        if form is None:
+            continue
+        try:
+            check(site.weight.t() if site.transposed else site.weight, form)
+        except FormatError as problem:
+            raise FormatError(f"{site.name}: {problem}") from problem
+    return plan, holders
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of equal layers that a decoder is made of: the longest of its module lists.
+    """The list of equal layers that a decoder is made of: of its module lists the one with most parameters.
 
     Raises:
         FormatError: the model has none.
@@ -81,24 +111,36 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
 
 
-def _first_calls(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Tensor]) -> list[_Call]:
-    """How the first layer is called for every batch."""
-    calls: list[_Call] = []
+def _calls(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Tensor]) -> list[list[_Call]]:
+    """How each layer is called, for every batch: layers may differ in masks and positions.
 
-    def reached(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(args, dict(kwargs)))
-        raise _Reached
+    Raises:
+        FormatError: there are no batches, or a layer is not called once for each.
+    """
+    calls: list[list[_Call]] = [[] for _ in layers]
 
-    device = next(model.parameters()).device
-    hook = layers[0].register_forward_pre_hook(reached, with_kwargs=True)
-    try:
+    def hook(into: list[_Call], keeps_hidden: bool) -> Callable[..., None]:
+        def reached(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = _Call(args, dict(kwargs))
+            if not keeps_hidden:  # they come from the layer before, once that is quantized
+                _advance(call, torch.empty(0))
+            into.append(call)
+
+        return reached
+
+    device, count = next(model.parameters()).device, 0
+    with ExitStack() as hooks:
+        for i, layer in enumerate(layers):
+            hooks.callback(layer.register_forward_pre_hook(hook(calls[i], i == 0), with_kwargs=True).remove)
         for ids in batches:
-            try:
-                model(ids.to(device), use_cache=False)
-            except _Reached:
-                continue
-    finally:
-        hook.remove()
+            model(ids.to(device), use_cache=False)
+            count += 1
+    if count == 0:
+        raise FormatError("expected batches of token ids to calibrate on, found none: pass text of the model's kind")
+    if any(len(of_layer) != count for of_layer in calls):
+        raise FormatError(
+            "expected every decoder layer to run once for a batch, found one that does not: use quantize_"
+        )
     return calls
 
 
@@ -106,14 +148,15 @@ def _moments(layer: nn.Module, formats: Mapping[nn.Module, Format], calls: list[
     """The second moments of the inputs of the modules, over all calls of their layer."""
     moments: dict[nn.Module, Tensor] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].flatten(0, -2).float()
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        rows = given.flatten(0, -2).float()
         moment = rows.t() @ rows
         moments[module] = moments[module] + moment if module in moments else moment
 
     with ExitStack() as hooks:
         for module in formats:
-            hooks.callback(module.register_forward_pre_hook(watch).remove)
+            hooks.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
         for call in calls:
             layer(*call.args, **call.kwargs)
     return moments

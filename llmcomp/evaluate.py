@@ -111,7 +111,7 @@ def pieces(tokenizer: Any, text: str, length: int, most: int) -> list[Tensor]:
     """Up to `most` pieces of a text, (1, length) token ids each, evenly spread over it."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     cut = [ids[i : i + length][None] for i in range(0, len(ids) - length + 1, length)]
-    return cut[:: max(1, len(cut) // most)][:most]
+    return [cut[i * len(cut) // most] for i in range(most)] if len(cut) > most else cut
 
 
 def table(rows: Sequence[Evaluated]) -> str:
@@ -154,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = file.read_bytes()[: args.bytes].decode(errors="ignore")
     formats = [name for name in args.formats.split(",") if name]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = pieces(tokenizer, args.calibrate.read_text(errors="ignore"), args.window, 64) if args.calibrate else []
+    data = (
+        pieces(tokenizer, args.calibrate.read_text("utf-8", errors="ignore"), args.window, 64) if args.calibrate else []
+    )
     shape = {"window": args.window, "new": args.new, "rounds": args.rounds}
     print(f"\n{table(evaluate(model, tokenizer, text, formats, data=data, **shape))}")
 

@@ -8,6 +8,7 @@ e of column k divided by U[k, k] is taken from the columns behind it in proporti
 import torch
 from torch import Tensor
 
+from llmcomp.errors import FormatError
 from llmcomp.formats import Format, Packed, check
 
 BLOCK = 128  # columns whose updates reach the rest of the matrix together
@@ -20,7 +21,7 @@ def gptq(weight: Tensor, moment: Tensor, form: Format, damping: float = 0.01) ->
     diagonal, is added to it.
 
     Raises:
-        FormatError: as `Format.quantize`.
+        FormatError: as `Format.quantize`; the damped moment can't be inverted.
     """
     check(weight, form)
     rest = weight.float().clone()
@@ -53,8 +54,16 @@ def gptq(weight: Tensor, moment: Tensor, form: Format, damping: float = 0.01) ->
 def _factor(moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped moment."""
     diagonal = moment.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    seen = diagonal > 0
+    mean = diagonal[seen].mean() if bool(seen.any()) else torch.ones_like(diagonal[0])
+    diagonal[~seen] = mean
+    diagonal += damping * mean
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError as error:
+        raise FormatError(
+            f"expected inputs whose second moment can be inverted, found none with a damping of {damping}: "
+            "pass more damping, 0.01 for example, or more data"
+        ) from error
     return factor

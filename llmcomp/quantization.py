@@ -135,10 +135,19 @@ def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
 
 
 def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
-    """Quantize the weights among the inputs of a graph, in the models that hold them; whether any was."""
-    floats = [x for x in inputs if isinstance(x, nn.Parameter) and not isinstance(x, QuantizedTensor)]
-    read = {id(x) for x in floats}
-    done = [quantize_(model, spec, lambda weight: id(weight) in read) for model in models_of(floats)]
+    """Quantize the weights among the inputs of a graph, in the models that hold them; whether any was.
+
+    Raises:
+        OptionError: a model is being trained, whose weights would stop to learn.
+    """
+    floats = [x for x in inputs if isinstance(x, nn.Parameter) and x.dim() == 2 and not isinstance(x, QuantizedTensor)]
+    read, models = {id(x) for x in floats}, models_of(floats)
+    if torch.is_grad_enabled() and any(model.training for model in models):
+        raise OptionError(
+            "expected a model in eval mode for the option weights, found one that is being trained: call model.eval(), "
+            "or quantize_ the layers that stay as they are"
+        )
+    done = [quantize_(model, spec, lambda weight: id(weight) in read) for model in models]
     return any(found.quantized for found in done)
 
 
@@ -159,10 +168,11 @@ def sites(model: nn.Module) -> Iterator[Site]:
     head = _head(model)
     found: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if _is_linear(module) or isinstance(module, nn.Embedding):
+        held = module._parameters.get("weight")  # a parametrized weight is computed, and not ours to replace
+        if held is not None and (is_linear(module) or isinstance(module, nn.Embedding)):
             found.setdefault(id(module.weight), []).append((name, module))
     for holders in found.values():
-        linear = [pair for pair in holders if _is_linear(pair[1])]
+        linear = [pair for pair in holders if is_linear(pair[1])]
         name, module = (linear or holders)[0]
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
@@ -176,7 +186,7 @@ def is_conv(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv(module)
 
 
@@ -221,7 +231,7 @@ def _format(choice: Choice) -> Format | None:
 
 
 def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
-    if not any(map(_is_linear, site.holders)):
+    if not any(map(is_linear, site.holders)):
         return None, "it is an embedding"
     return (Int8() if site.is_head and form.bits == 4 else form), ""
 

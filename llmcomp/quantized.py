@@ -5,7 +5,8 @@
     torch.compile(...)                                            # AOTAutograd hands codes and scales to the backend
 
 There is one store and no second copy to go stale: `state_dict`, `.to()`, `copy.deepcopy` and pickling move the packed
-parts, and `copy_` (so `load_state_dict`) quantizes what it is given.
+parts (`torch.load` of them wants `weights_only=False`), and what is written (`copy_`, `load_state_dict`, `mul_`) is
+quantized.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import llmcomp.packed_ops  # noqa: F401  (defines torch.ops.llmcomp.dequantize)
 from llmcomp.formats import Format, Packed, parse_format
@@ -76,6 +78,17 @@ class QuantizedTensor(Tensor):
         """Bytes of the packed parts."""
         return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
 
+    def share_memory_(self) -> Self:
+        """Move the packed parts to memory that processes share."""
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the packed parts are in such memory."""
+        shared: bool = self.codes.is_shared()
+        return shared
+
     def dequantize(self) -> Tensor:
         """The float matrix that this stands for, in the dtype that it reports."""
         return _dequantized(self)
@@ -112,9 +125,14 @@ class QuantizedTensor(Tensor):
             result = rule(func, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        given = [_dequantized(a) if isinstance(a, QuantizedTensor) else a for a in args]
-        named = {k: _dequantized(v) if isinstance(v, QuantizedTensor) else v for k, v in (kwargs or {}).items()}
-        return func(*given, **named)
+        given, named = tree_map_only(QuantizedTensor, _dequantized, (tuple(args), dict(kwargs or {})))
+        result = func(*given, **named)
+        if func._schema.is_mutable:  # what was written into the float matrix is quantized
+            for before, after in zip(args, given, strict=True):
+                if isinstance(before, QuantizedTensor):
+                    before.copy_(after)
+            return args[0] if isinstance(args[0], QuantizedTensor) else result
+        return result
 
 
 def _dequantized(weight: QuantizedTensor) -> Tensor:
@@ -132,8 +150,10 @@ def _on_parts(weight: QuantizedTensor, each: Callable[[Tensor], Tensor]) -> Quan
     return QuantizedTensor(packed, weight.format, weight.shape, weight.dtype, weight.transposed)
 
 
-def _alike(func: torch._ops.OpOverload, weight: QuantizedTensor, **kwargs: Any) -> QuantizedTensor:
-    """detach, alias, clone: the same of every part."""
+def _alike(func: torch._ops.OpOverload, weight: QuantizedTensor, **kwargs: Any) -> Any:
+    """detach, alias, clone, empty_like: the same of every part, unless another dtype is wanted."""
+    if kwargs.get("dtype") is not None:
+        return NotImplemented
     return _on_parts(weight, lambda part: func(part, **kwargs))
 
 
@@ -164,7 +184,12 @@ def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Te
 
 
 def _rows(part: Tensor, indices: Tensor) -> Tensor:
-    rows: Tensor = aten.index.Tensor(part, [indices])
+    """Rows as an embedding takes them, which refuses indices that are out of range."""
+    if part.dtype == torch.float8_e4m3fn:
+        return _rows(part.view(torch.uint8), indices).view(part.dtype)
+    if part.dim() == 1:
+        return _rows(part.unsqueeze(1), indices).squeeze(-1)
+    rows: Tensor = aten.embedding.default(part, indices)
     return rows
 
 
@@ -174,7 +199,7 @@ def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking
         return NotImplemented
     given: Packed
     if isinstance(source, QuantizedTensor):
-        same = (source.format, source.transposed) == (weight.format, weight.transposed)
+        same = (source.format, source.transposed, source.shape) == (weight.format, weight.transposed, weight.shape)
         given = source.packed if same else _packed_of(source.dequantize(), weight)
     else:
         given = _packed_of(source, weight)
@@ -186,7 +211,7 @@ def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking
 
 def _packed_of(source: Tensor, weight: QuantizedTensor) -> Packed:
     if source.shape != weight.shape:
-        source = source.expand(weight.shape)
+        source = source.expand(weight.shape)  # raises where the shapes do not belong together
     matrix = source.to(weight.codes.device)
     return weight.format.quantize((matrix.t() if weight.transposed else matrix).to(weight.dtype))
 

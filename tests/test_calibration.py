@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 import llmcomp
 from llmcomp.errors import FormatError, OptionError
@@ -58,6 +65,50 @@ def test_the_transposed_weights_of_gpt2() -> None:
     llmcomp.quantize_(rounded, "int4_g32")
     llmcomp.calibrate(calibrated, batches(), "int4_g32")
     assert error(calibrated, exact) < error(rounded, exact)
+
+
+def test_layers_that_see_different_masks() -> None:
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=300, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    seen: list[Tensor] = []
+    last = model.model.layers[3].mlp.up_proj
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    hook = last.register_forward_pre_hook(note)
+    model(batches(1)[0])
+    llmcomp.calibrate(model, batches(1), {"model.layers.3.mlp.up_proj": "int8"})
+    hook.remove()
+    for inputs in seen[1:]:
+        torch.testing.assert_close(inputs, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_off_meanwhile() -> None:
+    model = llama().train()
+    llmcomp.calibrate(model, batches(1), "int8")
+    assert model.training and model.model.layers[0].training
+
+
+def test_weights_that_layers_share_stay_shared() -> None:
+    model = llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    llmcomp.calibrate(model, batches(1), "int4")
+    assert isinstance(first.up_proj.weight, QuantizedTensor) and second.up_proj.weight is first.up_proj.weight
+
+
+def test_a_weight_that_is_not_finite_is_named_before_anything_is_done() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj"):
+        llmcomp.calibrate(model, batches(1), "int4")
+    assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())
 
 
 @pytest.mark.parametrize(

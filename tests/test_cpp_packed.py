@@ -71,6 +71,19 @@ def test_every_format(library: Library, shape: tuple[str, torch.dtype, int, int]
     check(library, name_of(*shape), shape)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [("int8", BF16, 256, 45), ("int4_g32", F32, 256, 45)], ids=lambda s: name_of(*s))
+def test_what_is_no_finite_number_does_not_become_one(
+    library: Library, shape: tuple[str, torch.dtype, int, int], number: float
+) -> None:
+    name, dtype, k, n = shape
+    buffers, _ = packed_buffers(2, k, n, parse_format(name), dtype)
+    buffers[0][1, 200] = number
+    assert library.call(name_of(*shape), buffers, [2], 1) == 0
+    assert bool(buffers[-1][0].isfinite().all())
+    assert not bool(buffers[-1][1].isfinite().any())
+
+
 @pytest.mark.parametrize("name,dtype", [("int4", BF16), ("nf4_g32", F32), ("int8", BF16)])
 def test_optimized(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     kernel = packed_linear(S0, 256, 45, parse_format(name), dtype)

@@ -16,6 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+import llmcomp.cache_ops
+import llmcomp.packed_ops  # noqa: F401  (both register operators)
+from llmcomp.formats import Int4
 from llmcomp.ops import (
     ACTIVATIONS,
     attention,
@@ -42,10 +45,19 @@ class Sample:
 
 
 half = torch.bfloat16
+_packed = Int4(32).quantize(normal(5, 64))
+PACKED = (_packed.codes, _packed.scale, _packed.zero)
+SCALES = normal(2, 3, 4, 1).abs() + 0.1
+CODES = torch.randint(-127, 128, (2, 3, 4, 8), dtype=torch.int8)
 SAMPLES = {
     "cache_grow": Sample(ops.cache_grow.default, (normal(2, 3, 4, 8), 2, 2)),
     "cache_grow_outermost": Sample(ops.cache_grow.default, (normal(4, 8, dtype=half), 1, 0)),
     "cache_room": Sample(ops.cache_room.default, ([2, 3, 4, 8], 2, torch.float32, torch.device("cpu"))),
+    "cache_scale": Sample(ops.cache_scale.default, (normal(2, 3, 4, 8), torch.int8)),
+    "cache_quantize": Sample(ops.cache_quantize.default, (normal(2, 3, 4, 8), SCALES, torch.int8)),
+    "cache_dequantize": Sample(ops.cache_dequantize.default, (CODES, SCALES, torch.bfloat16)),
+    "dequantize": Sample(ops.dequantize.default, (*PACKED, "int4_g32", 64, torch.bfloat16)),
+    "packed_linear": Sample(ops.packed_linear.default, (normal(2, 3, 64), *PACKED, normal(5), "int4_g32")),
     "linear": Sample(ops.linear.default, (normal(2, 3, 8), normal(5, 8), normal(5), False)),
     "linear_kn": Sample(ops.linear.default, (normal(3, 8), normal(8, 5), None, True)),
     "linear_vector": Sample(ops.linear.default, (normal(8, dtype=half), normal(5, 8, dtype=half), None, False)),

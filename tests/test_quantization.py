@@ -80,6 +80,12 @@ def test_weights_that_do_not_fit_are_left_and_listed() -> None:
     assert "it is int4 already" in again.left[0].reason
 
 
+def test_parametrized_layers_are_left_alone() -> None:
+    layers = (nn.utils.parametrizations.weight_norm(nn.Linear(128, 8)) for _ in range(3))
+    model = nn.Sequential(*layers, nn.Linear(128, 8))
+    assert [r.name for r in quantize_(model, "int8").rows] == ["3"]
+
+
 @pytest.mark.parametrize(
     "spec,error,says",
     [
@@ -196,7 +202,14 @@ def test_the_option_quantizes_the_model_that_is_compiled() -> None:
 
 
 def test_the_option_leaves_what_the_graph_does_not_read() -> None:
-    model = nn.ModuleDict({"used": nn.Linear(128, 8), "other": nn.Linear(128, 8)})
+    model = nn.ModuleDict({"used": nn.Linear(128, 8), "other": nn.Linear(128, 8)}).eval()
     torch.compile(model["used"], backend="llmcomp", options={"weights": "int8"})(torch.randn(2, 128))
     assert isinstance(model["used"].weight, QuantizedTensor)
     assert not isinstance(model["other"].weight, QuantizedTensor)
+
+
+def test_the_option_refuses_a_model_that_is_being_trained() -> None:
+    model = nn.Linear(128, 8)
+    with pytest.raises(Exception, match="eval"):
+        torch.compile(model, backend="llmcomp", options={"weights": "int8"})(torch.randn(2, 128))
+    assert not isinstance(model.weight, QuantizedTensor)

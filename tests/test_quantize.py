@@ -37,9 +37,11 @@ def test_layers_of_both_orientations_and_a_table() -> None:
     assert_expected_inline(
         body,
         """\
-index: i8[1, 2, 128] = aten.index(w0, [x0])
-index_1: f32[1, 2] = aten.index(w1, [x0])
-dequantize: f32[1, 2, 128] = llmcomp.dequantize(index, index_1, None, 'int8', 128, f32)
+embedding: i8[1, 2, 128] = aten.embedding(w0, x0)
+unsqueeze: f32[10, 1] = aten.unsqueeze(w1, 1)
+embedding_1: f32[1, 2, 1] = aten.embedding(unsqueeze, x0)
+squeeze: f32[1, 2] = aten.squeeze(embedding_1, -1)
+dequantize: f32[1, 2, 128] = llmcomp.dequantize(embedding, squeeze, None, 'int8', 128, f32)
 packed_linear: f32[1, 2, 6] = llmcomp.packed_linear(dequantize, w2, w3, w4, None, 'int4')
 packed_linear_1: f32[1, 2, 3] = llmcomp.packed_linear(dequantize, w6, w7, None, w5, 'int8')
 return (packed_linear, packed_linear_1)""",

@@ -103,3 +103,36 @@ def test_the_float_weight_is_freed() -> None:
     gc.collect()
     assert gone() is None
     assert made.weight.nbytes == 256 * 256 + 256 * 4
+
+
+def test_what_is_written_in_place_is_quantized() -> None:
+    weight = layer("int8").weight
+    before = weight.dequantize()
+    with torch.no_grad():
+        weight.mul_(0.5)
+    torch.testing.assert_close(weight.dequantize(), before / 2, rtol=0.02, atol=1e-4)
+    nn.init.zeros_(weight)
+    assert not bool(weight.dequantize().any())
+
+
+def test_lists_of_tensors_and_other_dtypes() -> None:
+    weight = layer().weight
+    assert torch.equal(torch.cat([weight, weight]), torch.cat([weight.dequantize()] * 2))
+    assert torch.empty_like(weight, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4_g32"])
+def test_indices_out_of_range_are_refused(name: str) -> None:
+    table = nn.Embedding(30, 64)
+    table.weight = nn.Parameter(QuantizedTensor.quantize(table.weight, parse_format(name)), requires_grad=False)
+    assert torch.equal(table(torch.tensor([29])), table.weight.dequantize()[[29]])
+    for index in (-1, 30):
+        with pytest.raises(IndexError):
+            table(torch.tensor([index]))
+
+
+def test_memory_may_be_shared() -> None:
+    made = layer()
+    assert not made.weight.is_shared()
+    made.share_memory()
+    assert made.weight.is_shared() and made.weight.scale.is_shared()
