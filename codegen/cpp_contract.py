@@ -32,7 +32,7 @@ from llmcomp.codegen.cpp_body import (
     print_phases,
 )
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
-from llmcomp.codegen.cpp_packed import numbers, packing_of, tile, weights_type
+from llmcomp.codegen.cpp_packed import numbers, tile, weights_type
 from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
 from llmcomp.codegen.kernel import (
     Accumulator,
@@ -44,6 +44,7 @@ from llmcomp.codegen.kernel import (
     Reduce,
     Section,
     Store,
+    packing_of,
 )
 
 TILE = 32  # contract::TILE

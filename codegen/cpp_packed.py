@@ -13,11 +13,6 @@ def numbers_name(kernel: Contract) -> str:
     return f"{kernel.name}_numbers"
 
 
-def packing_of(kernel: Contract) -> Packing | None:
-    """How the weights of a kernel are stored, which is the same for all; None where they are dense."""
-    return kernel.sections[0].accumulators[0].weight.packing
-
-
 def weights_type(kernel: Contract, packing: Packing) -> str:
     """The type of packed.h that holds a tile of weights."""
     dtypes = {b.name: b.dtype for b in kernel.buffers}

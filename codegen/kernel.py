@@ -235,6 +235,11 @@ class Contract:
     expert_count: sympy.Expr = sympy.Integer(1)
 
 
+def packing_of(kernel: Contract) -> Packing | None:
+    """How the weights of a kernel are stored, which is the same for all; None where they are dense."""
+    return kernel.sections[0].accumulators[0].weight.packing
+
+
 @dataclass(frozen=True)
 class Strided:
     """A 4-D strided operand of Attend, (batch, head, position, channel), in elements."""

@@ -1,7 +1,8 @@
 // Weights in a storage format: codes of 8 or 4 bits, with scales for rows or for groups of neighbours along k.
 //
 // Up to FEW rows of the operand meet the codes as they are read: a weight is unpacked in registers and never stored, and
-// multiplied in float, or as an integer with an operand in fixed point. For more rows a tile of weights is unpacked once into the cache, and contract.h does the rest.
+// multiplied in float, or as an integer with an operand in fixed point. For more rows a tile of weights is unpacked once
+// into the cache, and contract.h does the rest.
 #pragma once
 #include "contract.h"
 
@@ -78,8 +79,9 @@ INLINE Whole dot(Run w, Run x, Whole acc) {
 }
 
 // A block of an operand row in fixed point: digits of 8 bits each, in units of `scale`. Two digits (for bf16 and f16)
-// resolve a 65,000th of the largest number of the block, three (for float) a 16 millionth. Weights are met as unsigned bytes, SHIFT more than
-// they are worth: sums of products start at what that adds, for both halves of the block or (PARTS is 2) each.
+// resolve a 65,000th of the largest number of the block, three (for float) a 16 millionth. Weights are met as unsigned
+// bytes, SHIFT more than they are worth: sums of products start at minus what that adds, for both halves of the
+// block or (PARTS is 2) each.
 template <int64_t DIGITS, int SHIFT, int64_t PARTS>
 struct alignas(64) Fixed {
     Run digits[2][DIGITS];  // of each half of the block, the highest first
@@ -380,7 +382,7 @@ struct Integers {
     // acc += R rows of weights times C rows of the operand along block `b`; `f` are the factors of its groups.
     template <int64_t R, int64_t C>
     static MEMBER void block(
-        Vec (&acc)[R][C], const Weights& w, int64_t n, const X* x, int64_t b, int64_t depth, const float* f, int64_t ldf
+        Vec (&acc)[R][C], const Weights& w, int64_t n, const X* x, int64_t b, int64_t depth, const float* f
     ) {
 #pragma GCC unroll 4
         for (int64_t r = 0; r < R; ++r) {
@@ -399,7 +401,7 @@ struct Integers {
                     if (h == 0 && PARTS == 1) continue;
                     const Vec value = X::number(sums) * x[c].scale;
                     if constexpr (GROUP == 0) acc[r][c] += value;
-                    else acc[r][c] = fma(value, factors<GROUP>(f + r * ldf + (PARTS == 2 ? h * 64 / GROUP : 0)), acc[r][c]);
+                    else acc[r][c] = fma(value, factors<GROUP>(f + r * W + (PARTS == 2 ? h * 64 / GROUP : 0)), acc[r][c]);
                 }
             }
         }
@@ -417,14 +419,13 @@ struct Integers {
         const int64_t blocks = (depth + BLOCK - 1) / BLOCK;
         Vec acc[R][C] = {}, shifted[R][C] = {};
         for (int64_t first = 0; first < blocks; first += CHUNK) {
-            alignas(64) float f[R][W + 4];
+            alignas(64) float f[R][W];
             if constexpr (GROUP > 0) {
                 const int64_t g = first * PER, count = op::minimum(w.groups - g, W);
 #pragma GCC unroll 4
                 for (int64_t r = 0; r < R; ++r) {
                     const Vec factor = scales_of(w.scale + (n + r) * w.ldg + g, count) * Weights::UNIT;
                     store(f[r], factor);
-                    f[r][W] = 0;
                     if constexpr (Weights::ZEROS) {
                         const Vec shift = factor * zeros_of(w.zero + (n + r) * w.ldg + g, count);
 #pragma GCC unroll 8
@@ -437,7 +438,7 @@ struct Integers {
             for (int64_t b = first; b < last; ++b, x += C, next += BYTES) {
                 if constexpr (R > 1)
                     for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
-                block<R, C>(acc, w, n, x, b, depth, f[0] + (b - first) * PER, W + 4);
+                block<R, C>(acc, w, n, x, b, depth, f[0] + (b - first) * PER);
             }
         }
         if constexpr (Weights::ZEROS)
@@ -451,19 +452,14 @@ struct Integers {
 // ---- the operand ----------------------------------------------------------------------------------------------------
 
 // What unpacked weights are, so that contract.h multiplies them at its best.
-#if defined(__AVX512BF16__)
 template <typename Graph>
 struct Unpacked {
     typedef float Type;
 };
+#if defined(__AVX512BF16__)
 template <>
 struct Unpacked<bf16> {
     typedef bf16 Type;
-};
-#else
-template <typename Graph>
-struct Unpacked {
-    typedef float Type;
 };
 #endif
 

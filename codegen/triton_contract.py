@@ -31,6 +31,7 @@ from llmcomp.codegen.kernel import (
     Statement,
     Store,
     inputs,
+    packing_of,
     phases,
     vectors,
 )
@@ -65,7 +66,7 @@ from llmcomp.codegen.triton_file import (
     launcher,
     unpack,
 )
-from llmcomp.codegen.triton_packed import WORD, packing_of, print_rows, print_scaled, print_words, words_of
+from llmcomp.codegen.triton_packed import WORD, print_rows, print_scaled, print_words, words_of
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
 GEMV_ROWS = 4

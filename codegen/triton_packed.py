@@ -10,18 +10,13 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
-from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
+from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section, packing_of
 from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.formats import Int4, Mxfp4, Nf4
 from llmcomp.nibbles import BLOCK
 
 WORD = 8
 """Codes of 4 bits in a word."""
-
-
-def packing_of(kernel: Contract) -> Packing | None:
-    """How the weights of a kernel are stored, which is the same for all; None where they are dense."""
-    return kernel.sections[0].accumulators[0].weight.packing
 
 
 def words_of(kernel: Contract) -> sympy.Expr | None:

@@ -6,8 +6,8 @@
     how each layer is called, for every batch, and the inputs of the first
     for each layer:  second moments of the inputs of its matrices -> their codes -> inputs of the next layer
 
-Each layer is calibrated on what the quantized layers before it give. In memory are the inputs of one layer and the
-moments of its matrices.
+Each layer is calibrated on what the quantized layers before it give. In memory are the inputs of one layer, the masks
+and positions that each is given, and the moments of the matrices of one.
 """
 
 import sys
@@ -21,9 +21,21 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from llmcomp.errors import FormatError
-from llmcomp.formats import Format, check
+from llmcomp.formats import Format
 from llmcomp.gptq import gptq
-from llmcomp.quantization import Quantization, Row, Spec, chosen, is_conv, is_linear, prepare_saving, quantize_, sites
+from llmcomp.quantization import (
+    Quantization,
+    Row,
+    Spec,
+    check_site,
+    chosen,
+    is_conv,
+    is_linear,
+    names_of,
+    prepare_saving,
+    quantize_,
+    sites,
+)
 from llmcomp.quantized import QuantizedTensor
 
 
@@ -87,15 +99,9 @@ def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict
     plan = dict(chosen(model, spec))
     holders: dict[str, tuple[nn.Module, ...]] = {}
     for site in sites(model):
-        names = [name for name, module in model.named_modules() if any(module is h for h in site.holders)]
-        holders |= dict.fromkeys(names, site.holders)
-        form = next((plan[name] for name in names if name in plan), None)
-        if form is None:
-            continue
-        try:
-            check(site.weight.t() if site.transposed else site.weight, form)
-        except FormatError as problem:
-            raise FormatError(f"{site.name}: {problem}") from problem
+        holders |= dict.fromkeys((name for name, _ in names_of(model, site)), site.holders)
+        if (form := plan.get(site.name)) is not None:
+            check_site(site, form)
     return plan, holders
 
 
@@ -183,7 +189,7 @@ def _first(result: Any) -> Tensor:
 
 
 def _advance(call: _Call, hidden: Tensor) -> None:
-    """The call of the next layer: as that of the last, with other hidden states."""
+    """Put other hidden states into the call of a layer."""
     if call.args:
         call.args = (hidden, *call.args[1:])
     else:

@@ -89,16 +89,24 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
     """
     planned = [plan for plan in _planned(model, spec) if only(plan[0].weight)]
     for site, form, _ in planned:
-        if form is None:
-            continue
-        try:
-            check(site.weight.t() if site.transposed else site.weight, form)
-        except FormatError as problem:
-            raise FormatError(f"{site.name}: {problem}") from problem
+        if form is not None:
+            check_site(site, form)
     done = Quantization(tuple(_apply(*plan) for plan in planned))
-    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in _names(model, site)]
+    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in names_of(model, site)]
     prepare_saving(model, dict(pairs))
     return done
+
+
+def check_site(site: "Site", form: Format) -> None:
+    """Refuse a weight that a format can't hold.
+
+    Raises:
+        FormatError: names the weight and says what is wrong with it.
+    """
+    try:
+        check(site.weight.t() if site.transposed else site.weight, form)
+    except FormatError as problem:
+        raise FormatError(f"{site.name}: {problem}") from problem
 
 
 def chosen(model: nn.Module, spec: Spec) -> list[tuple[str, Format]]:
@@ -107,7 +115,7 @@ def chosen(model: nn.Module, spec: Spec) -> list[tuple[str, Format]]:
     Raises:
         OptionError, FormatError: as `quantize_`, values of weights left aside: they may lie on the meta device.
     """
-    return [(name, f) for site, f, _ in _planned(model, spec) if f is not None for name, _ in _names(model, site)]
+    return [(name, f) for site, f, _ in _planned(model, spec) if f is not None for name, _ in names_of(model, site)]
 
 
 def _planned(model: nn.Module, spec: Spec) -> list[tuple["Site", Format | None, str]]:
@@ -236,8 +244,8 @@ def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
     return (Int8() if site.is_head and form.bits == 4 else form), ""
 
 
-def _names(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
-    """Every name of a weight's modules; the weight itself may be named too."""
+def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
+    """The modules that hold a weight, with their names."""
     return [(name, m) for name, m in model.named_modules() if any(m is holder for holder in site.holders)]
 
 
@@ -245,19 +253,19 @@ def _of_patterns(
     model: nn.Module, site: Site, patterns: Sequence[tuple[str, Format | None]]
 ) -> tuple[Format | None, str]:
     for pattern, form in patterns:
-        if any(fnmatchcase(name, pattern) for name, _ in _names(model, site)):
+        if any(fnmatchcase(name, pattern) for name, _ in names_of(model, site)):
             return form, "" if form else f"{pattern!r} leaves it alone"
     return None, "no pattern matches it"
 
 
 def _of_function(model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]) -> tuple[Format | None, str]:
-    chosen = (_format(choose(name, module)) for name, module in _names(model, site))
+    chosen = (_format(choose(name, module)) for name, module in names_of(model, site))
     form = next((c for c in chosen if c is not None), None)
     return form, "" if form else "the function leaves it alone"
 
 
 def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for site in sites(model) for name, _ in _names(model, site)]
+    names = [name for site in sites(model) for name, _ in names_of(model, site)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OptionError(

@@ -42,3 +42,12 @@ def test_inputs_that_are_always_zero() -> None:
 def test_what_a_format_can_not_hold_is_refused() -> None:
     with pytest.raises(FormatError, match="multiple of the group"):
         gptq(torch.randn(4, 100), torch.eye(100), Int4(32))
+
+
+def test_errors_reach_the_columns_of_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    form, first, weight = Int8(), torch.randn(2000, 128), torch.randn(32, 256)
+    x = torch.cat([first, first + 0.05 * torch.randn(2000, 128)], 1)  # what one block loses the other can give back
+    blocks = gptq(weight, x.t() @ x, form)
+    monkeypatch.setattr("llmcomp.gptq.BLOCK", 256)
+    whole = gptq(weight, x.t() @ x, form)
+    assert float((blocks.codes == whole.codes).float().mean()) > 0.99
