@@ -10,19 +10,15 @@ Each layer is calibrated on what the quantized layers before it give. In memory 
 and positions that each is given, and the moments of the matrices of one.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
-from llmcomp.errors import FormatError
 from llmcomp.formats import Format
 from llmcomp.gptq import gptq
+from llmcomp.layerwise import Step, layerwise
 from llmcomp.quantization import (
     Quantization,
     Row,
@@ -30,25 +26,17 @@ from llmcomp.quantization import (
     check_site,
     chosen,
     is_conv,
-    is_linear,
     names_of,
     prepare_saving,
     quantize_,
     sites,
 )
 from llmcomp.quantized import QuantizedTensor
-
-
-@dataclass
-class _Call:
-    """How a layer was called."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from llmcomp.token_batches import Batches
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor], spec: Spec, damping: float = 0.01) -> Quantization:
+def calibrate(model: nn.Module, batches: Batches, spec: Spec, damping: float = 0.01) -> Quantization:
     """Quantize weights of `model` in place, those of its decoder layers by GPTQ; the rest as `quantize_` does.
 
     `batches` are token ids (batch, length); a few dozen of some hundred tokens do. `spec` is as for `quantize_`.
@@ -58,33 +46,18 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], spec: Spec, damping: 
         OptionError, FormatError: as `quantize_`; FormatError also where there is no data or no decoder layers are
             found. The model is then as it was.
     """
-    layers = decoder_layers(model)
     plan, holders = _checked_plan(model, spec)
-    names = {id(module): name for name, module in model.named_modules()}
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        calls = _calls(model, layers, batches)
-        rows: list[Row] = []
-        position = 0
-        for layer, of_layer in zip(track(layers, "calibrating", disable=not sys.stderr.isatty()), calls, strict=True):
-            formats = {m: plan[names[id(m)]] for m in layer.modules() if is_linear(m) and names[id(m)] in plan}
+    rows: list[Row] = []
+    with layerwise(model, batches) as steps:
+        for step in steps:
+            formats = {m: plan[name] for m, name in step.linears.items() if name in plan}
             formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
-            moments = _moments(layer, formats, of_layer)
+            moments = _moments(step, formats)
             for module, form in formats.items():
-                row = _quantize(names[id(module)], module, form, moments.get(module), damping)
-                for other in holders[names[id(module)]]:
+                name = step.linears[module]
+                rows.append(_quantize(name, module, form, moments.get(module), damping))
+                for other in holders[name]:
                     other.weight = module.weight
-                rows.append(row)
-            position += 1
-            for index, call in enumerate(of_layer):
-                hidden = _first(layer(*call.args, **call.kwargs))
-                if position < len(calls):
-                    _advance(calls[position][index], hidden)
-            of_layer.clear()
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     prepare_saving(model, {row.name: plan[row.name] for row in rows})
     rest = quantize_(model, spec, lambda weight: not isinstance(weight, QuantizedTensor))
     return Quantization((*rows, *rest.rows))
@@ -105,66 +78,15 @@ def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict
     return plan, holders
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of equal layers that a decoder is made of: of its module lists the one with most parameters.
-
-    Raises:
-        FormatError: the model has none.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    if not lists:
-        raise FormatError("expected a decoder of equal layers to calibrate, found no list of them: use quantize_")
-    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-
-
-def _calls(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Tensor]) -> list[list[_Call]]:
-    """How each layer is called, for every batch: layers may differ in masks and positions.
-
-    Raises:
-        FormatError: there are no batches, or a layer is not called once for each.
-    """
-    calls: list[list[_Call]] = [[] for _ in layers]
-
-    def hook(into: list[_Call], keeps_hidden: bool) -> Callable[..., None]:
-        def reached(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = _Call(args, dict(kwargs))
-            if not keeps_hidden:  # they come from the layer before, once that is quantized
-                _advance(call, torch.empty(0))
-            into.append(call)
-
-        return reached
-
-    device, count = next(model.parameters()).device, 0
-    with ExitStack() as hooks:
-        for i, layer in enumerate(layers):
-            hooks.callback(layer.register_forward_pre_hook(hook(calls[i], i == 0), with_kwargs=True).remove)
-        for ids in batches:
-            model(ids.to(device), use_cache=False)
-            count += 1
-    if count == 0:
-        raise FormatError("expected batches of token ids to calibrate on, found none: pass text of the model's kind")
-    if any(len(of_layer) != count for of_layer in calls):
-        raise FormatError(
-            "expected every decoder layer to run once for a batch, found one that does not: use quantize_"
-        )
-    return calls
-
-
-def _moments(layer: nn.Module, formats: Mapping[nn.Module, Format], calls: list[_Call]) -> dict[nn.Module, Tensor]:
+def _moments(step: Step, formats: Mapping[nn.Module, Format]) -> dict[nn.Module, Tensor]:
     """The second moments of the inputs of the modules, over all calls of their layer."""
     moments: dict[nn.Module, Tensor] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        rows = given.flatten(0, -2).float()
-        moment = rows.t() @ rows
+    def watch(module: nn.Module, rows: Tensor) -> None:
+        moment = rows.float().t() @ rows.float()
         moments[module] = moments[module] + moment if module in moments else moment
 
-    with ExitStack() as hooks:
-        for module in formats:
-            hooks.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
-        for call in calls:
-            layer(*call.args, **call.kwargs)
+    step.watch({module: partial(watch, module) for module in formats})
     return moments
 
 
@@ -179,18 +101,3 @@ def _quantize(name: str, module: nn.Module, form: Format, moment: Tensor | None,
         made = QuantizedTensor(packed, form, weight.shape, weight.dtype, transposed)
     module.weight = nn.Parameter(made, requires_grad=False)
     return Row(name, tuple(made.shape), form, "", weight.nbytes, made.nbytes)
-
-
-def _first(result: Any) -> Tensor:
-    """The hidden states among what a layer returns."""
-    found = result[0] if isinstance(result, tuple) else result
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _advance(call: _Call, hidden: Tensor) -> None:
-    """Put other hidden states into the call of a layer."""
-    if call.args:
-        call.args = (hidden, *call.args[1:])
-    else:
-        call.kwargs["hidden_states"] = hidden
