@@ -220,6 +220,8 @@ class Contract:
     operand in: the printers may keep it in that dtype (tensor cores) or in float32.
     `experts`, where given, names an int32/int64 buffer of E cumulative row ends (expert e owns the rows
     [ends[e-1], ends[e]) of the operand) and weights use `expert_stride`.
+    Where the format of the weights is dynamic, rows of the operand are quantized (llmcomp/dynamic.py): an accumulator
+    is the sum of the products of codes, times the scale of the row of the operand, in float32.
     """
 
     name: str

@@ -12,12 +12,15 @@
 Rows are outputs (channels) of a linear layer, k counts its inputs. Quantizing rounds to the nearest code, ties to the
 even one, against the scale as it is stored, and clips; a row or group of zeros gets codes that give zeros back.
 Codes of 4 bits are laid out as `llmcomp/nibbles.py` says.
+
+With `dynamic` (Int8 and Fp8 of whole rows) linear layers quantize their operand too, each token when it comes:
+`llmcomp/dynamic.py`. What is stored, and what a lookup in a table gives, is the same as without.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -35,6 +38,7 @@ NF4_TABLE = (
 # OCP Microscaling Formats (MX) v1.0, section 5.3.3: sign, two bits of exponent, one of mantissa.
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 GROUPS = (32, 64, 128)
+MOST_INPUTS = (2**31 - 1) // 127**2  # products of int8 with int8 that an int32 holds the sum of
 AT_ONCE = 2**24  # weights that are quantized together: several float32 copies of them are made
 
 
@@ -51,9 +55,12 @@ class Packed:
 
 @dataclass(frozen=True)
 class Format:
-    """What all formats share. `group` neighbours along k share a scale; 0: all of a row do."""
+    """What all formats share. `group` neighbours along k share a scale; 0: all of a row do. `dynamic`: linear layers
+    quantize their operand to the same codes.
+    """
 
     group: int = 0
+    dynamic: bool = field(default=False, kw_only=True)
     bits: ClassVar[int] = 8
     stem: ClassVar[str] = ""
     groups: ClassVar[tuple[int, ...]] = (0, *GROUPS)
@@ -64,6 +71,11 @@ class Format:
                 f"expected the group of {type(self).__name__} to be one of {', '.join(map(str, self.groups))}, found "
                 f"{self.group!r}: pass one of these{' (0: one scale for each row)' if 0 in self.groups else ''}"
             )
+        if self.dynamic and (self.bits != 8 or self.group):
+            raise OptionError(
+                f"expected int8 or fp8 with a scale for each row, for activations that are quantized too, found "
+                f"{self}: leave out {'the group' if self.bits == 8 else 'dynamic'}, or pass Int8(dynamic=True)"
+            )
 
     @property
     def table(self) -> tuple[float, ...] | None:
@@ -71,7 +83,8 @@ class Format:
         return None
 
     def __str__(self) -> str:
-        return self.stem + ("" if self.group == type(self).group else f"_g{self.group}")
+        group = "" if self.group == type(self).group else f"_g{self.group}"
+        return self.stem + group + ("_dynamic" if self.dynamic else "")
 
     def quantize(self, weight: Tensor) -> Packed:
         """The codes of a float matrix (N, K).
@@ -132,6 +145,11 @@ def check(weight: Tensor, format: Format) -> None:
             f"expected the {shape[1]} inputs of a weight to be a multiple of the group, found a group of "
             f"{format.group}: choose a group that divides them, or leave this weight out"
         )
+    if isinstance(format, Int8) and format.dynamic and shape[1] > MOST_INPUTS:
+        raise FormatError(
+            f"expected at most {MOST_INPUTS} inputs of a weight whose products are added up in 32 bits, found "
+            f"{shape[1]}: choose int8"
+        )
     if not all(bool(torch.isfinite(rows).all()) for rows in weight.split(max(1, AT_ONCE // shape[1]))):
         raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
 
@@ -153,7 +171,11 @@ def _stored(scale: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Symmetric int8: scale = max |w| / 127, code = round(w / scale) in -127 .. 127."""
+    """Symmetric int8: scale = max |w| / 127, code = round(w / scale) in -127 .. 127.
+
+    With `dynamic` a token x becomes codes in the same way, scale = max |x| / 127; the product with a row of the weight
+    is the sum of the products of the codes, exact in int32, times the scale of the token, times that of the row.
+    """
 
     stem: ClassVar[str] = "int8"
 
@@ -166,7 +188,11 @@ class Int8(Format):
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """float8 e4m3 (no infinities): scale = max |w| / 448, code = w / scale rounded by the type."""
+    """float8 e4m3 (no infinities): scale = max |w| / 448, code = w / scale rounded by the type.
+
+    With `dynamic` a token x becomes codes in the same way, scale = max |x| / 448; the product with a row of the weight
+    is the sum of the products of the codes, in float32, times the scale of the token, times that of the row.
+    """
 
     stem: ClassVar[str] = "fp8"
     groups: ClassVar[tuple[int, ...]] = (0,)
@@ -285,18 +311,20 @@ def scale_of(stored: Tensor) -> Tensor:
 
 
 FORMATS: tuple[type[Format], ...] = (Int8, Fp8, Int4, Nf4, Mxfp4)
-_NAME = re.compile(r"(?P<stem>[a-z0-9]+?)(?:_g(?P<group>\d+))?(?P<symmetric>_symmetric)?")
+_NAME = re.compile(r"(?P<stem>[a-z0-9]+?)(?:_g(?P<group>\d+))?(?P<symmetric>_symmetric)?(?P<dynamic>_dynamic)?")
 
 
 def names() -> tuple[str, ...]:
     """Every name that `parse_format` accepts."""
     every = [kind(group) for kind in FORMATS for group in kind.groups]
     every += [Int4(group, symmetric=True) for group in Int4.groups]
+    every += [Int8(dynamic=True), Fp8(dynamic=True)]
     return tuple(map(str, every))
 
 
 def parse_format(name: str) -> Format:
-    """The format of a name: "int8", "int8_g64", "fp8", "int4" (groups of 128), "int4_g32_symmetric", "nf4", "mxfp4".
+    """The format of a name: "int8", "int8_g64", "fp8", "int4" (groups of 128), "int4_g32_symmetric", "nf4", "mxfp4",
+    "int8_dynamic", "fp8_dynamic".
 
     Raises:
         OptionError: no format has this name; lists those that exist.
@@ -305,11 +333,9 @@ def parse_format(name: str) -> Format:
     kind = next((k for k in FORMATS if found and k.stem == found["stem"]), None)
     if found is None or kind is None or (found["symmetric"] and kind is not Int4):
         raise OptionError(f"expected the name of a weight format, found {name!r}: the names are {', '.join(names())}")
-    chosen: dict[str, int | bool] = {} if found["group"] is None else {"group": int(found["group"])}
-    if found["symmetric"]:
-        chosen["symmetric"] = True
-    assert set(chosen) <= {f.name for f in fields(kind)}
-    return kind(**chosen)
+    group = kind.group if found["group"] is None else int(found["group"])
+    dynamic = found["dynamic"] is not None
+    return Int4(group, symmetric=True, dynamic=dynamic) if found["symmetric"] else kind(group, dynamic=dynamic)
 
 
 def bits_per_weight(format: Format, shape: Sequence[int]) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from llmcomp.dynamic import multiply
 from llmcomp.formats import Packed, parse_format
 
 
@@ -30,12 +31,16 @@ def packed_linear(
 ) -> Tensor:
     """x (..., K) times a quantized weight (N, K), plus bias (N,): (..., N), contiguous, dtype of x.
 
-    Here both sides are float32 (float64 where x is). Kernels accumulate in float32 too, but may round: the weight to
-    the dtype of x where many rows meet it, and on a CPU with integer dot products x to a 65,000th (float32: to a 16
-    millionth) of the largest of 128 neighbours.
+    Where the format is dynamic x is quantized, as llmcomp/dynamic.py says. Otherwise both sides are float32 (float64
+    where x is). Kernels accumulate in float32 too, but may round: the weight to the dtype of x where many rows meet it,
+    and on a CPU with integer dot products x to a 65,000th (float32: to a 16 millionth) of the largest of 128 neighbours.
     """
+    form, packed = parse_format(format), Packed(codes, scale, zero)
+    if form.dynamic:
+        product = multiply(x, packed, form)
+        return (product if bias is None else product + bias.float()).to(x.dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = parse_format(format).dequantize(Packed(codes, scale, zero), x.shape[-1], wide)
+    weight = form.dequantize(packed, x.shape[-1], wide)
     product = torch.nn.functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
     return product.to(x.dtype).contiguous()
 

@@ -1,7 +1,8 @@
 """A quantized weight: a tensor subclass that owns packed data and takes part in eager code as the float matrix.
 
     weight = QuantizedTensor.quantize(linear.weight, Int4())      # (N, K), reports the dtype of the float weight
-    torch.nn.functional.linear(x, weight)                         # eager: dequantized for the length of the call
+    torch.nn.functional.linear(x, weight)                         # eager: dequantized for the length of the call, or
+                                                                  # x quantized too where the format is dynamic
     torch.compile(...)                                            # AOTAutograd hands codes and scales to the backend
 
 There is one store and no second copy to go stale: `state_dict`, `.to()`, `copy.deepcopy` and pickling move the packed
@@ -193,6 +194,41 @@ def _rows(part: Tensor, indices: Tensor) -> Tensor:
     return rows
 
 
+def _dynamic(weight: Any, x: Any, bias: Any = None) -> bool:
+    """Whether the product of `x` with `weight` quantizes `x`."""
+    if not isinstance(weight, QuantizedTensor) or not weight.format.dynamic or x.dtype != weight.dtype:
+        return False
+    return not isinstance(x, QuantizedTensor) and not isinstance(bias, QuantizedTensor)
+
+
+def _product(weight: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.llmcomp.packed_linear(
+        x, weight.codes, weight.scale, weight.zero, bias, str(weight.format)
+    )
+    return product
+
+
+def _linear(func: torch._ops.OpOverload, x: Any, weight: Any, bias: Any = None) -> Any:
+    if not _dynamic(weight, x, bias) or weight.transposed:
+        return NotImplemented
+    return _product(weight, x, bias)
+
+
+def _mm(func: torch._ops.OpOverload, x: Any, weight: Any) -> Any:
+    """x @ weight.t() is a layer; x @ weight is the way back of its gradient."""
+    return _product(weight, x) if _dynamic(weight, x) and weight.transposed else NotImplemented
+
+
+def _mv(func: torch._ops.OpOverload, weight: Any, x: Any) -> Any:
+    return _product(weight, x) if _dynamic(weight, x) and not weight.transposed else NotImplemented
+
+
+def _addmm(func: torch._ops.OpOverload, bias: Any, x: Any, weight: Any, **factors: Any) -> Any:
+    if factors or not _dynamic(weight, x, bias) or not weight.transposed or bias.dim() != 1:
+        return NotImplemented
+    return _product(weight, x, bias)
+
+
 def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking: bool = False) -> Any:
     """Writing to a quantized weight quantizes; from one of the same format it moves the parts."""
     if not isinstance(weight, QuantizedTensor):
@@ -226,5 +262,9 @@ _RULES: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.transpose.int: _transpose,
     aten.permute.default: _transpose,
     aten.embedding.default: _embedding,
+    aten.linear.default: _linear,
+    aten.mm.default: _mm,
+    aten.mv.default: _mv,
+    aten.addmm.default: _addmm,
     aten.copy_.default: _copy,
 }

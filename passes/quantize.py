@@ -2,12 +2,15 @@
 
     linear(x, dequantize(codes, scale, zero, "int4", K), b)   ->   packed_linear(x, codes, scale, zero, b, "int4")
 
-No float copy of the weight remains. A dequantized matrix that something other than a linear layer reads is reported.
+No float copy of the weight remains. Layers that quantize their operand too are captured as packed_linear: a graph that
+multiplies floats is not made to round them. A dequantized matrix that something other than a linear layer reads is
+reported.
 """
 
 import torch
 from torch.fx import Graph, Node
 
+from llmcomp.formats import parse_format
 from llmcomp.graph import replace_by, source, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.facts import SHAPES
@@ -39,6 +42,8 @@ def _unfit(node: Node, weight: Node) -> str | None:
         return "the quantized matrix is multiplied from its other side"
     if val(node).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the layer computes in {val(node).dtype}"
+    if parse_format(str(weight.args[3])).dynamic:
+        return "this product is none of those whose operand is quantized"
     if val(weight).dim() != 2:
         return "the weight is not a matrix"
     return None

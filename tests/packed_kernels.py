@@ -17,7 +17,8 @@ from llmcomp.codegen.kernel import (
     Store,
     Weight,
 )
-from llmcomp.formats import Format
+from llmcomp.dynamic import quantize_tokens
+from llmcomp.formats import Format, Packed
 
 F32 = torch.float32
 
@@ -54,10 +55,18 @@ def _axis(name: str, size: int | sympy.Symbol) -> Axis:
 
 
 def packed_buffers(rows: int, k: int, n: int, form: Format, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """The buffers of `packed_linear`, and its exact result in float64."""
+    """The buffers of `packed_linear`, and its exact result in float64; `x` quantized where the format says so."""
     x, weight, bias = torch.randn(rows, k).to(dtype), torch.randn(n, k) / k**0.5, torch.randn(n).to(dtype)
     weight[n // 2] = 0
     packed = form.quantize(weight)
     parts = [t for t in (packed.codes, packed.scale, packed.zero) if t is not None]
-    exact = x.double() @ form.dequantize(packed, k, torch.float64).t() + bias.double()
+    exact = products(x, packed, form) + bias.double()
     return [x, *parts, bias, torch.zeros(rows, n, dtype=dtype)], exact
+
+
+def products(x: Tensor, packed: Packed, form: Format) -> Tensor:
+    """Rows of the operand times rows of the weight, in float64."""
+    if not form.dynamic:
+        return x.double() @ form.dequantize(packed, x.shape[-1], torch.float64).t()
+    codes, scale = quantize_tokens(x, form)
+    return codes.double() @ packed.codes.double().t() * scale.double() * packed.scale.double()

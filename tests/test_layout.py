@@ -21,7 +21,7 @@ BENCH = "gpu growing kernels machine model overhead peer process steps timing"
 LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
-    ("llmcomp.formats", "llmcomp.nibbles"),
+    ("llmcomp.formats", "llmcomp.nibbles", "llmcomp.dynamic"),
     (
         *("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
         *("llmcomp.packed_ops", "llmcomp.products"),

@@ -48,7 +48,7 @@ return (packed_linear, packed_linear_1)""",
     )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if not parse_format(name).dynamic])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_format_computes_the_same(name: str, dtype: torch.dtype) -> None:
     layer = nn.Linear(128, 5).to(dtype)
@@ -56,6 +56,30 @@ def test_every_format_computes_the_same(name: str, dtype: torch.dtype) -> None:
     rtol = 1e-5 if dtype == torch.float32 else 0.02  # the pass spares the weight a rounding
     _, results = rewrite(layer, (torch.randn(2, 3, 128).to(dtype),), *PASSES, rtol=rtol)
     assert results[-1].report.rewrites == 1
+
+
+@pytest.mark.parametrize("name", ["int8_dynamic", "fp8_dynamic"])
+def test_layers_that_quantize_their_operand_are_captured_as_such(name: str) -> None:
+    layer, table = nn.Linear(128, 6), nn.Embedding(10, 128)
+    layer.weight, table.weight = quantized(layer.weight, name), quantized(table.weight, name)
+
+    def fn(ids: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+        return layer(table(ids)), wide @ layer.weight
+
+    printed, results = rewrite(fn, (torch.tensor([[1, 9]]), torch.randn(2, 6)), *PASSES, rtol=1e-5)
+    assert f"packed_linear: f32[1, 2, 6] = llmcomp.packed_linear(dequantize, w2, w3, None, w4, '{name}')" in printed
+    assert printed.count("packed_linear(") == 1
+    assert "other side" in results[-1].report.near_misses[0].reason
+
+
+def test_floats_are_not_made_to_round() -> None:
+    weight = quantized(torch.randn(6, 128), "int8_dynamic")
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        return torch.addmm(y, x, weight.t(), beta=2)
+
+    _, results = rewrite(fn, (torch.randn(2, 128), torch.randn(2, 6)), *PASSES, rtol=1e-5)
+    assert results[-1].report.rewrites == 0
 
 
 def test_what_else_reads_the_matrix_is_reported() -> None:
