@@ -42,6 +42,19 @@ def private(module: str, name: str, purpose: str) -> Any:
         ) from error
 
 
+def mark_growing(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo trace `tensor` with a symbol for its size along `dim` when it first sees it.
+
+    It would learn from the second size that it meets, and trace a program twice.
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def growing(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dimensions for which `mark_growing` was called."""
+    return tuple(getattr(tensor, "_dynamo_weak_dynamic_indices", ()))
+
+
 @contextmanager
 def keep_whole(ops: Sequence[torch._ops.OpOverload]) -> Iterator[None]:
     """Trace composite `ops` as single nodes instead of their decompositions.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmcomp.compat import owners
+from llmcomp.compat import mark_growing, owners
 from llmcomp.errors import MemoryFullError
 from llmcomp.ops import outermost
 
@@ -42,7 +42,9 @@ def room(shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.devic
     step = strides[dim]
     buffer = _allocated(capacity(shape[dim]) * step, shape, dtype, device)
     setattr(buffer.untyped_storage(), _TAKEN, shape[dim] * step)
-    return buffer.as_strided(shape, strides)
+    cache = buffer.as_strided(shape, strides)
+    mark_growing(cache, dim)  # a decode step is traced once, for all lengths
+    return cache
 
 
 def _allocated(count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from llmcomp.cache_ops import quantized
+from llmcomp.compat import growing, mark_growing
 
 aten = torch.ops.aten
 Rule = Callable[..., "QuantizedCacheTensor | None"]
@@ -93,7 +94,10 @@ class QuantizedCacheTensor(Tensor):
 
 def cache_tensor(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedCacheTensor:
     """The last call of a graph that returns a quantized cache."""
-    return QuantizedCacheTensor(codes, scale, dtype)
+    made = QuantizedCacheTensor(codes, scale, dtype)
+    for dim in growing(codes):
+        mark_growing(made, dim)
+    return made
 
 
 def _dequantized(value: Any) -> Any:

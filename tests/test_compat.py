@@ -229,3 +229,19 @@ def test_sizes_of_our_own_are_symbols_with_examples():
     assert str(x.shape[1]) == str(total) != "32" and total.node.hint == 32
     assert compat.sized(mode, sizes["past"].node.expr * 0 + 3, 3) == 3
     assert total > 31  # answered by the example
+
+
+def test_what_grows_is_traced_once_for_all_sizes():
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: x + 1, backend=backend)
+    for n in (4, 5, 6):
+        x = torch.ones(2, n)
+        compat.mark_growing(x, 1)
+        assert torch.equal(f(x), x + 1)
+    assert len(graphs) == 1 and compat.growing(x) == (1,) and compat.growing(torch.ones(2)) == ()

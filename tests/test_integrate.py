@@ -40,9 +40,9 @@ def test_generate_of_a_compiled_module_is_compiled(model, graphs):
     expected = generate(model)
     fast = torch.compile(model, backend="llmcomp")
     assert torch.equal(generate(fast), expected)
-    assert [g.kind for g in graphs] == ["inference"] * 3  # prefill, first decode, every other decode
+    assert [g.kind for g in graphs] == ["inference"] * 2  # prefill, every decode
     assert torch.equal(generate(fast), expected)
-    assert len(graphs) == 3, "a second generate compiles nothing"
+    assert len(graphs) == 2, "a second generate compiles nothing"
 
 
 def test_calls_and_generate_share_graphs(model, graphs):
@@ -192,4 +192,4 @@ def test_installing_again_changes_nothing(model, graphs):
     integrate.install(llmcomp.backend.llmcomp, ())
     fast = torch.compile(model, **OURS)
     generate(fast)
-    assert len(graphs) == 3
+    assert len(graphs) == 3  # this target calls eager operators, whose caches are not known to grow
