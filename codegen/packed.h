@@ -21,8 +21,9 @@ using micro::store;
 
 constexpr int64_t BLOCK = 128;  // codes of 4 bits in 64 bytes, as llmcomp/nibbles.py lays them out
 
-// Scales as they are stored; bytes are exponents of a power of two.
-INLINE float scale_of(bf16 s) { return s; }
+// Scales as they are stored, in any float; bytes are exponents of a power of two.
+template <typename T>
+INLINE float scale_of(T s) { return s; }
 INLINE float scale_of(uint8_t exponent) { return op::bits<float>(uint32_t(exponent) << 23); }
 
 // ---- a table of 16 numbers ------------------------------------------------------------------------------------------
@@ -348,7 +349,8 @@ struct Bytes {
 
 #if LLMCOMP_INTEGER_DOTS
 // Scales of up to W groups, zeros behind them.
-INLINE Vec scales_of(const bf16* p, int64_t count) { return micro::widen_part(p, count); }
+template <typename T>
+INLINE Vec scales_of(const T* p, int64_t count) { return micro::widen_part(p, count); }
 INLINE Vec scales_of(const uint8_t* p, int64_t count) {
     uint8_t part[W] = {};
     __builtin_memcpy(part, p, count);

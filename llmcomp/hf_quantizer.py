@@ -4,25 +4,38 @@
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)     # weight by weight
     model.save_pretrained(other)                                                         # codes and scales
     model = AutoModelForCausalLM.from_pretrained(other, quantization_config=config)      # as they were saved
+    model = AutoModelForCausalLM.from_pretrained(gptq, quantization_config=llmcomp.QuantizationConfig())
 
 A safetensors file holds plain tensors, so a weight W is saved as W_codes, W_scale and W_zero, and the formats are
 noted in the model's config. `quantize_` prepares a transformers model for `save_pretrained` in the same way.
+
+A checkpoint that GPTQ, AWQ or compressed-tensors quantized is read where a config of ours is passed (transformers'
+own way asks for their packages): its weights keep their values, and `weights` is not asked. It is saved as ours.
 """
 
-from collections.abc import Mapping
+import copy
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmcomp import foreign
 from llmcomp.errors import FormatError
 from llmcomp.formats import Format, Packed, parse_format
-from llmcomp.quantization import Choice, chosen, is_conv
+from llmcomp.layouts import Parts
+from llmcomp.quantization import Choice, chosen, is_conv, parse_choice
 from llmcomp.quantized import PARTS, QuantizedTensor
 
 METHOD = "llmcomp"
@@ -30,51 +43,130 @@ METHOD = "llmcomp"
 
 class QuantizationConfig(QuantizationConfigMixin):
     """How `from_pretrained` quantizes: `weights` is the name of a format, or a mapping from patterns of module names
-    to names of formats or None, as for `llmcomp.quantize_`.
+    to names of formats or None, as for `llmcomp.quantize_`; "int8" where it is left out.
 
-    `formats` is what a saved model notes: the format of every quantized weight, by its name.
+    `formats` is what a saved model notes: the format of every quantized weight, by its name. `stored`: the settings of
+    a checkpoint that another method quantized, while it is loaded.
 
     Making one registers the method with transformers, which a saved model needs as well to be loaded.
+
+    Raises:
+        OptionError: a format that does not exist.
     """
 
     def __init__(
         self,
-        weights: Format | str | Mapping[str, Choice] = "int8",
+        weights: Format | str | Mapping[str, Choice] | None = None,
         formats: Mapping[str, str] | None = None,
         quant_method: str = METHOD,
+        stored: Mapping[str, Any] | None = None,
     ) -> None:
         register()
         self.quant_method = quant_method  # type: ignore[assignment]
-        named = (
-            {pattern: None if c is None else str(c) for pattern, c in weights.items()}
-            if isinstance(weights, Mapping)
-            else str(weights)
-        )
-        self.weights: str | dict[str, str | None] = named
+        self.weights: str | dict[str, str | None] = "int8" if weights is None else _named(weights)
         self.formats = dict(formats or {})
+        self.stored = None if stored is None else dict(stored)
+        self._given = weights is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved in the config of a model."""
+        return {"quant_method": self.quant_method, "weights": self.weights, "formats": self.formats}
+
+    def reading(self, stored: Mapping[str, Any]) -> "QuantizationConfig":
+        """This, for a checkpoint with the settings `stored` of another method."""
+        if self._given:
+            warnings.warn(
+                f"the checkpoint was quantized by {stored['quant_method']}: its weights are read as they are, and "
+                f"{self.weights!r} is not asked for; quantize_ quantizes layers that are float in it",
+                stacklevel=2,
+            )
+        return QuantizationConfig(self.weights, stored=stored)
+
+
+def _named(weights: Format | str | Mapping[str, Choice]) -> str | dict[str, str | None]:
+    """The names of formats, which exist."""
+    if not isinstance(weights, Mapping):
+        return str(parse_choice(weights))
+    return {pattern: None if (form := parse_choice(c)) is None else str(form) for pattern, c in weights.items()}
 
 
 def register() -> None:
     """Make transformers know the method; twice changes nothing more."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, QuantizationConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, Quantizer)
+    merge = AutoHfQuantizer.merge_quantization_configs
+    if getattr(merge, "__module__", None) != __name__:
+        AutoHfQuantizer.merge_quantization_configs = staticmethod(_reading_others(merge))
+
+
+def _reading_others(merge: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """transformers' choice between the config of a checkpoint and the one passed, which refuses one of ours where the
+    other is of another method: we take ours, for checkpoints that we read.
+    """
+
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        found, given = quantization_config, quantization_config_from_args
+        settings = found if isinstance(found, dict) else found.to_dict()
+        if isinstance(given, QuantizationConfig) and foreign.reads(str(settings.get("quant_method"))):
+            return given.reading(settings)
+        return merge(found, given)
+
+    return merge_quantization_configs
 
 
 class Quantizer(HfQuantizer):
-    """What transformers asks while it loads and saves a quantized model."""
+    """What transformers asks while it loads and saves a quantized model.
+
+    Errors of a weight are kept until all are loaded: transformers would report them as its own, without their type.
+    """
 
     quantization_config: QuantizationConfig
     serialized_names = {"weight": [f"weight_{part}" for part in PARTS]}
 
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # others may load with the same one
+        stored = self.quantization_config.stored
+        self.source = None if stored is None else foreign.source(stored)
+        self.formats: dict[str, Format] = {}
+        self.problems: list[FormatError] = []
+        self.missing: Collection[str] = ()
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
+        if self.source is not None:
+            _refuse_lost_biases(model, kwargs.get("checkpoint_files") or ())
+        elif self.pre_quantized:
             self.formats = {name: parse_format(text) for name, text in self.quantization_config.formats.items()}
         else:
-            self.formats = {f"{name}.weight": form for name, form in chosen(model, self.quantization_config.weights)}
-            for pair in model.all_tied_weights_keys.items():  # they are tied only when they are loaded
-                if (form := next((self.formats[name] for name in pair if name in self.formats), None)) is not None:
-                    self.formats |= dict.fromkeys(pair, form)
-            self.quantization_config.formats = {name: str(form) for name, form in self.formats.items()}
+            plan = chosen(model, self.quantization_config.weights, model.all_tied_weights_keys)
+            self.formats = {f"{name}.weight": form for name, form in plan}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more such weights)" if len(self.problems) > 1 else ""
+            raise FormatError(f"{self.problems[0]}{more}") from self.problems[0]
+        if self.source is not None:
+            self._refuse_missing()
+        self.quantization_config.formats = {name: str(form) for name, form in self.formats.items()}
+        if self.source is not None:
+            self.quantization_config.stored = None
+            self.quantization_config.weights = {
+                name.removesuffix(".weight"): text for name, text in self.quantization_config.formats.items()
+            }
+        return model
+
+    def _refuse_missing(self) -> None:
+        """Layers that others of the same name are quantized beside, and that the checkpoint has nothing for."""
+        kinds = {name.split(".")[-2] for name in self.formats}
+        if lost := sorted(name for name in self.missing if name.split(".")[-2:-1] and name.split(".")[-2] in kinds):
+            raise FormatError(
+                f"expected the checkpoint to hold {lost[0]}, quantized or not, found nothing for it (and "
+                f"{len(lost) - 1} more): it is incomplete, or its layers have other names than those of this model"
+            )
+        if not self.formats:
+            raise FormatError(
+                "expected a checkpoint with quantized weights, as its config says, found none that belongs to a layer "
+                "of this model: they are fused or named in a way that is not supported"
+            )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight of a float checkpoint is quantized as it is loaded."""
@@ -84,16 +176,21 @@ class Quantizer(HfQuantizer):
         """What is done to such a weight."""
         return _Quantize(self)
 
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """How the parts of a saved weight become one."""
-        return {"deserialize": _Join}
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How the parts of a stored weight become one."""
+        if not self.pre_quantized:
+            return []
+        if self.source is None:
+            return [WeightConverter(self.serialized_names["weight"], "weight", [_Join(self)])]
+        names = [rf"\.{name}$" for name in (*self.source.names, "weight")]
+        return [WeightConverter(names, ".weight", [_Repack(self)])]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The parameters of a model as plain tensors, and nothing for the file's header."""
         conversions = getattr(model, "_weight_conversions", None)
-        if conversions is not None:  # what joins the parts has no inverse but this
-            joins = [c for c in conversions if any(isinstance(op, _Join) for op in getattr(c, "operations", ()))]
-            model._weight_conversions = [c for c in conversions if c not in joins]
+        if conversions is not None:  # what makes weights of parts has no inverse but this
+            made = [c for c in conversions if any(isinstance(op, _Making) for op in getattr(c, "operations", ()))]
+            model._weight_conversions = [c for c in conversions if c not in made]
         plain: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
             if not isinstance(value, QuantizedTensor):
@@ -117,6 +214,25 @@ class Quantizer(HfQuantizer):
         return True
 
 
+def _refuse_lost_biases(model: Any, files: Collection[str]) -> None:
+    """GPTQ's tools write biases of zeros for layers that have none; other numbers would be lost.
+
+    Raises:
+        FormatError: names the bias.
+    """
+    modules = dict(model.named_modules())
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise FormatError(f"expected quantized weights in safetensors files, found {path}: convert the checkpoint")
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                module = modules.get(name.removesuffix(".bias"))
+                if not name.endswith(".bias") or not isinstance(module, nn.Linear) or module.bias is not None:
+                    continue
+                if bool(file.get_tensor(name).any()):
+                    raise FormatError(f"expected no {name}, since the model has none, found one that is not zero")
+
+
 def attach(model: Any, formats: Mapping[str, Format]) -> None:
     """Let `save_pretrained` of a transformers model save its quantized weights; `formats` by name of the weight."""
     known = getattr(model, "hf_quantizer", None)
@@ -124,62 +240,125 @@ def attach(model: Any, formats: Mapping[str, Format]) -> None:
         return  # another method's model, some of whose layers were left to us: that method saves it
     config = known.quantization_config if known is not None else QuantizationConfig()
     config.formats |= {name: str(form) for name, form in formats.items()}
+    config.weights = {name.removesuffix(".weight"): text for name, text in config.formats.items()}
     if known is None:
         model.hf_quantizer = Quantizer(config, pre_quantized=True)
-        model.config.quantization_config = config
         model.is_quantized, model.quantization_method = True, METHOD
+    model.config.quantization_config = model.hf_quantizer.quantization_config
 
 
-class _Quantize(ConversionOps):
-    """A weight of the checkpoint -> the quantized parameter."""
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        module, _ = get_module_from_name(model, full_layer_name)
-        form = self.quantizer.formats[full_layer_name]
-        try:
-            made = QuantizedTensor.quantize(weight, form, is_conv(module))
-        except FormatError as problem:
-            raise FormatError(f"{full_layer_name}: {problem}") from problem
-        return {full_layer_name: nn.Parameter(made, requires_grad=False)}
-
-
-class _Join(ConversionOps):
-    """W_codes, W_scale and W_zero of a saved model -> the quantized parameter."""
+class _Making(ConversionOps):
+    """Tensors of a checkpoint -> a parameter of the model."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.hf_quantizer = quantizer
 
+    def __deepcopy__(self, memo: object) -> "_Making":
+        return self  # transformers copies it for every weight
+
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: Collection[str] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
-        parts = {name.rsplit("_", 1)[-1]: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
-        form = self.hf_quantizer.formats.get(full_layer_name)
+        self.hf_quantizer.missing = missing_keys or ()
+        tensors = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
         module, _ = get_module_from_name(model, full_layer_name)
-        shape, dtype = module.weight.shape, module.weight.dtype
+        try:
+            made = self.made(tensors, module, full_layer_name)
+        except FormatError as problem:
+            self.hf_quantizer.problems.append(problem)
+            made = nn.Parameter(torch.empty_like(module.weight, device="cpu"), requires_grad=False)
+        return {full_layer_name: made}
+
+    def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
+        """The parameter `name` of `module`.
+
+        Raises:
+            FormatError: the tensors do not make one.
+        """
+        raise NotImplementedError
+
+
+class _Quantize(_Making):
+    """A weight of the checkpoint -> the quantized parameter."""
+
+    def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
+        (weight,) = tensors.values()
+        try:
+            quantized = QuantizedTensor.quantize(weight, self.hf_quantizer.formats[name], is_conv(module))
+        except FormatError as problem:
+            raise FormatError(f"{name}: {problem}") from problem
+        return nn.Parameter(quantized, requires_grad=False)
+
+
+class _Join(_Making):
+    """W_codes, W_scale and W_zero of a saved model -> the quantized parameter."""
+
+    def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
+        parts = {key.rsplit("_", 1)[-1]: value for key, value in tensors.items()}
+        form = self.hf_quantizer.formats.get(name)
         if form is None or not {"codes", "scale"} <= parts.keys():
             raise FormatError(
-                f"expected codes, scales and a format for {full_layer_name}, found {', '.join(sorted(parts)) or 'none'}"
-                f" and the format {form}: the checkpoint is incomplete"
+                f"expected codes, scales and a format for {name}, found {', '.join(sorted(parts)) or 'none'} and the "
+                f"format {form}: the checkpoint is incomplete"
             )
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows, columns = reversed(weight.shape) if is_conv(module) else weight.shape
         packed = Packed(parts["codes"], parts["scale"], parts.get("zero"))
-        wanted = form.quantize(torch.zeros(1, shape[0] if is_conv(module) else shape[1]))
-        rows = shape[1] if is_conv(module) else shape[0]
-        for name in PARTS:
-            have, want = getattr(packed, name), getattr(wanted, name)
-            if (have is None) != (want is None) or (
-                have is not None and (tuple(have.shape), have.dtype) != ((rows, *want.shape[1:]), want.dtype)
-            ):
-                found = None if have is None else (tuple(have.shape), have.dtype)
-                raise FormatError(
-                    f"expected {name} of {full_layer_name} to be those of {form} for a weight of shape {tuple(shape)}, "
-                    f"found {found}: the checkpoint does not belong to this model"
-                )
-        made = QuantizedTensor(packed, form, shape, dtype, is_conv(module))
-        return {full_layer_name: nn.Parameter(made, requires_grad=False)}
+        _require_fit(name, form, packed, rows, columns)
+        order = parts.get("order")
+        if order is not None and not torch.equal(order.sort().values, torch.arange(columns, device=order.device)):
+            raise FormatError(f"expected {name}_order to be an order of {columns} inputs, found none: it is damaged")
+        made = QuantizedTensor(packed, form, weight.shape, weight.dtype, is_conv(module), order)
+        return nn.Parameter(made, requires_grad=False)
+
+
+def _require_fit(name: str, form: Format, packed: Packed, rows: int, columns: int) -> None:
+    """Refuse packed parts that are not those of a weight (rows, columns); scales of groups may be of any float."""
+    wanted = form.quantize(torch.zeros(1, columns))
+    for part in ("codes", "scale", "zero"):
+        have, want = getattr(packed, part), getattr(wanted, part)
+        if have is None or want is None:
+            fits = have is None and want is None
+        else:
+            floats = form.group and want.dtype.is_floating_point and have.dtype.is_floating_point
+            fits = tuple(have.shape) == (rows, *want.shape[1:]) and (have.dtype == want.dtype or floats)
+        if not fits:
+            found = None if have is None else (tuple(have.shape), have.dtype)
+            raise FormatError(
+                f"expected {part} of {name} to be those of {form} for a weight of shape {(rows, columns)}, found "
+                f"{found}: the checkpoint does not belong to this model"
+            )
+
+
+class _Repack(_Making):
+    """The tensors of a weight in another method's layout -> the quantized parameter; float weights as they are."""
+
+    def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
+        source = self.hf_quantizer.source
+        assert source is not None
+        parts = {pattern[2:-1]: value for pattern, value in tensors.items()}
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if parts.keys() == {"weight"} and parts["weight"].dtype not in (torch.int8, torch.float8_e4m3fn):
+            return parts["weight"].to(weight.dtype)
+        if "weight_scale" in parts and "weight" in parts:
+            parts["weight"] = _narrow(parts["weight"])
+        rows, columns = reversed(weight.shape) if is_conv(module) else weight.shape
+        read = source.read(module, Parts(name.removesuffix(".weight"), parts), (rows, columns))
+        self.hf_quantizer.formats[name] = read.format
+        made = QuantizedTensor(read.packed, read.format, weight.shape, weight.dtype, is_conv(module), read.order)
+        return nn.Parameter(made, requires_grad=False)
+
+
+def _narrow(weight: Tensor) -> Tensor:
+    """float8 as it was stored: transformers before 5.20 widens it on the way here."""
+    if weight.dtype in (torch.int8, torch.float8_e4m3fn):
+        return weight
+    narrow = weight.to(torch.float8_e4m3fn)
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
@@ -20,6 +21,7 @@ from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 
 Choice = Format | str | None
+ROOT = "(the layer itself)"  # a layer that is the model has no name
 Spec = Format | str | Mapping[str, Choice] | Callable[[str, nn.Module], Choice]
 
 
@@ -53,9 +55,9 @@ class Quantization:
 
     def __str__(self) -> str:
         lines = [
-            f"{r.name:40} {r.format!s:20} {r.bytes_before / 2**20:9.2f} -> {r.bytes_after / 2**20:8.2f} MiB"
+            f"{r.name or ROOT:40} {r.format!s:20} {r.bytes_before / 2**20:9.2f} -> {r.bytes_after / 2**20:8.2f} MiB"
             if r.format
-            else f"{r.name:40} left alone: {r.reason}"
+            else f"{r.name or ROOT:40} left alone: {r.reason}"
             for r in self.rows
         ]
         before, after = (sum(getattr(r, key) for r in self.rows) for key in ("bytes_before", "bytes_after"))
@@ -64,13 +66,22 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Site:
-    """A matrix of weights and every module that holds it: several where weights are tied."""
+    """A matrix of weights and every module that holds it: several where weights are tied.
+
+    `elsewhere` names a parameter that it is too, of a module that is neither a linear layer nor an embedding.
+    """
 
     name: str
     holders: tuple[nn.Module, ...]
     weight: torch.Tensor
     transposed: bool
     is_head: bool
+    elsewhere: str = ""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or ROOT
 
 
 def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool] = lambda weight: True) -> Quantization:
@@ -106,29 +117,34 @@ def check_site(site: "Site", form: Format) -> None:
     try:
         check(site.weight.t() if site.transposed else site.weight, form)
     except FormatError as problem:
-        raise FormatError(f"{site.name}: {problem}") from problem
+        raise FormatError(f"{site.label}: {problem}") from problem
 
 
-def chosen(model: nn.Module, spec: Spec) -> list[tuple[str, Format]]:
+def chosen(model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None) -> list[tuple[str, Format]]:
     """The modules whose weights `spec` quantizes, by name (every one of those that are tied), and the formats.
+
+    `tied`: pairs of names of parameters that will be one when the model is loaded.
 
     Raises:
         OptionError, FormatError: as `quantize_`, values of weights left aside: they may lie on the meta device.
     """
-    return [(name, f) for site, f, _ in _planned(model, spec) if f is not None for name, _ in names_of(model, site)]
+    planned = _planned(model, spec, tied or {})
+    return [(name, f) for site, f, _ in planned if f is not None for name, _ in names_of(model, site)]
 
 
-def _planned(model: nn.Module, spec: Spec) -> list[tuple["Site", Format | None, str]]:
+def _planned(
+    model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None
+) -> list[tuple["Site", Format | None, str]]:
     """What becomes of every weight: its format, or the reason why it has none."""
     choose = _chooser(model, spec)
     planned: list[tuple[Site, Format | None, str]] = []
-    for site in sites(model):
+    for site in sites(model, tied):
         form, reason = choose(site)
         if form is not None and isinstance(site.weight, QuantizedTensor):
             form, reason = None, f"it is {site.weight.format} already"
         if form is not None and (problem := _misfit(site, form)) is not None:
             if not isinstance(spec, Format | str):
-                raise FormatError(f"{site.name}: {problem}")
+                raise FormatError(f"{site.label}: {problem}")
             form, reason = None, problem
         planned.append((site, form, reason))
     return planned
@@ -161,6 +177,10 @@ def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
 
 def _misfit(site: "Site", form: Format) -> str | None:
     """Why a weight of this shape and dtype can't be stored in a format, or None."""
+    if isinstance(site.weight, UninitializedParameter):
+        return "the weight has no shape yet: run the model once"
+    if site.elsewhere:
+        return f"the weight is {site.elsewhere} too, of a module that reads no quantized weights"
     columns = site.weight.shape[0 if site.transposed else 1]
     if site.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the weight is {site.weight.dtype}"
@@ -171,22 +191,41 @@ def _misfit(site: "Site", form: Format) -> str | None:
     return None
 
 
-def sites(model: nn.Module) -> Iterator[Site]:
-    """The matrices of linear layers and embeddings of a model, each once, in the order of its modules."""
-    head = _head(model)
-    found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        held = module._parameters.get("weight")  # a parametrized weight is computed, and not ours to replace
-        if held is not None and (is_linear(module) or isinstance(module, nn.Embedding)):
-            found.setdefault(id(module.weight), []).append((name, module))
-    for holders in found.values():
+def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[Site]:
+    """The matrices of linear layers and embeddings of a model, each once, in the order of its modules.
+
+    `tied`: pairs of names of parameters that count as one.
+    """
+    head, held = _head(model), _held(model, tied or {})
+    for parameters in held.values():
+        holders = [(name, m) for name, key, m in parameters if key == "weight" and _reads(m)]
         linear = [pair for pair in holders if is_linear(pair[1])]
+        if not holders:
+            continue
         name, module = (linear or holders)[0]
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        tied = len(linear) < len(holders) and bool(linear)
-        is_head = tied or any(m is head for _, m in holders)
-        yield Site(name, tuple(m for _, m in holders), weight, is_conv(module), is_head)
+        weight = module._parameters["weight"]
+        assert weight is not None
+        modules = tuple({id(m): m for _, m in holders}.values())
+        is_head = (bool(linear) and len(linear) < len(holders)) or any(m is head for m in modules)
+        others = [f"{name}.{key}".lstrip(".") for name, key, m in parameters if key != "weight" or not _reads(m)]
+        yield Site(name, modules, weight, is_conv(module), is_head, others[0] if others else "")
+
+
+def _held(model: nn.Module, tied: Mapping[str, str]) -> dict[int, list[tuple[str, str, nn.Module]]]:
+    """Every parameter by its identity: the modules that hold it, with their names and that of the attribute."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                of = named.get(tied.get(f"{name}.{key}", ""), parameter)
+                found.setdefault(id(of), []).append((name, key, module))
+    return found
+
+
+def _reads(module: nn.Module) -> bool:
+    """Whether a module takes its weight for a matrix that may be quantized."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -215,11 +254,11 @@ def _chooser(model: nn.Module, spec: Spec) -> Callable[[Site], tuple[Format | No
         OptionError: see `quantize_`.
     """
     if isinstance(spec, Format | str):
-        form = _format(spec)
+        form = parse_choice(spec)
         assert form is not None
         return lambda site: _of_one(site, form)
     if isinstance(spec, Mapping):
-        patterns = [(pattern, _format(choice)) for pattern, choice in spec.items()]
+        patterns = [(pattern, parse_choice(choice)) for pattern, choice in spec.items()]
         _require_matches(model, [pattern for pattern, _ in patterns])
         return lambda site: _of_patterns(model, site, patterns)
     if callable(spec):
@@ -230,12 +269,19 @@ def _chooser(model: nn.Module, spec: Spec) -> Callable[[Site], tuple[Format | No
     )
 
 
-def _format(choice: Choice) -> Format | None:
-    if choice is None or isinstance(choice, Format):
+def parse_choice(choice: Choice) -> Format | None:
+    """The format that is meant.
+
+    Raises:
+        OptionError: there is no such format.
+    """
+    if choice is None or (isinstance(choice, Format) and choice.stem):
         return choice
     if isinstance(choice, str):
         return parse_format(choice)
-    raise OptionError(f"expected a format, the name of one or None, found {choice!r}: pass 'int8', for example")
+    raise OptionError(
+        f"expected a format such as Int8(), the name of one or None, found {choice!r}: pass 'int8', for example"
+    )
 
 
 def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
@@ -246,7 +292,8 @@ def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
 
 def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
     """The modules that hold a weight, with their names."""
-    return [(name, m) for name, m in model.named_modules() if any(m is holder for holder in site.holders)]
+    held = {id(holder) for holder in site.holders}
+    return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in held]
 
 
 def _of_patterns(
@@ -259,7 +306,7 @@ def _of_patterns(
 
 
 def _of_function(model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]) -> tuple[Format | None, str]:
-    chosen = (_format(choose(name, module)) for name, module in names_of(model, site))
+    chosen = (parse_choice(choose(name, module)) for name, module in names_of(model, site))
     form = next((c for c in chosen if c is not None), None)
     return form, "" if form else "the function leaves it alone"
 
@@ -275,6 +322,8 @@ def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _apply(site: Site, form: Format | None, reason: str) -> Row:
+    if isinstance(site.weight, UninitializedParameter):
+        return Row(site.name, (), None, reason, 0, 0)
     before = site.weight.nbytes
     if form is None:
         return Row(site.name, tuple(site.weight.shape), None, reason, before, before)

@@ -18,29 +18,38 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import llmcomp.packed_ops  # noqa: F401  (defines torch.ops.llmcomp.dequantize)
-from llmcomp.formats import Format, Packed, parse_format
+from llmcomp.formats import Format, Packed, grouped, parse_format
 
 aten = torch.ops.aten
-PARTS = ("codes", "scale", "zero")
+PARTS = ("codes", "scale", "zero", "order")
 
 
 class QuantizedTensor(Tensor):
     """A matrix (N, K) in a storage format; `transposed`: the (K, N) view of it, as the layers of GPT-2 keep theirs.
 
     Attributes:
-        codes, scale, zero: the packed parts, of the matrix (N, K); see `formats.Packed`.
+        codes, scale, zero: the packed parts, of the matrix (N, K); see `formats.Packed`. Scales of groups may be of
+            any float dtype.
+        order: (K,) int64, which column of the matrix each stored column is, where they are not stored in order.
         format: how they are read.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    order: Tensor | None
     format: Format
     transposed: bool
 
     @staticmethod
     def __new__(
-        cls, packed: Packed, format: Format, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
+        cls,
+        packed: Packed,
+        format: Format,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        transposed: bool = False,
+        order: Tensor | None = None,
     ) -> Self:
         strides = (1, shape[0]) if transposed else (shape[1], 1)
         return torch.Tensor._make_wrapper_subclass(
@@ -48,9 +57,15 @@ class QuantizedTensor(Tensor):
         )
 
     def __init__(
-        self, packed: Packed, format: Format, shape: Sequence[int], dtype: torch.dtype, transposed: bool = False
+        self,
+        packed: Packed,
+        format: Format,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        transposed: bool = False,
+        order: Tensor | None = None,
     ) -> None:
-        self.codes, self.scale, self.zero = packed.codes, packed.scale, packed.zero
+        self.codes, self.scale, self.zero, self.order = packed.codes, packed.scale, packed.zero, order
         self.format, self.transposed = format, transposed
 
     @classmethod
@@ -77,7 +92,7 @@ class QuantizedTensor(Tensor):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the packed parts."""
-        return sum(t.nbytes for t in (self.codes, self.scale, self.zero) if t is not None)
+        return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
 
     def share_memory_(self) -> Self:
         """Move the packed parts to memory that processes share."""
@@ -112,7 +127,7 @@ class QuantizedTensor(Tensor):
     ) -> "QuantizedTensor":
         name, dtype, transposed = context
         packed = Packed(parts["codes"], parts["scale"], parts.get("zero"))
-        return QuantizedTensor(packed, parse_format(name), outer_size, dtype, transposed)
+        return QuantizedTensor(packed, parse_format(name), outer_size, dtype, transposed, parts.get("order"))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -141,14 +156,20 @@ def _dequantized(weight: QuantizedTensor) -> Tensor:
     matrix: Tensor = torch.ops.llmcomp.dequantize(
         weight.codes, weight.scale, weight.zero, str(weight.format), weight.columns, weight.dtype
     )
+    matrix = _unsorted(matrix, weight.order)
     return matrix.t() if weight.transposed else matrix
+
+
+def _unsorted(stored: Tensor, order: Tensor | None) -> Tensor:
+    """Columns as they are stored, in the order of the matrix."""
+    return stored if order is None else stored.index_select(-1, order.argsort())
 
 
 def _on_parts(weight: QuantizedTensor, each: Callable[[Tensor], Tensor]) -> QuantizedTensor:
     """A weight of the same format whose parts are those of `weight` after `each`."""
-    zero = None if weight.zero is None else each(weight.zero)
+    zero, order = (None if part is None else each(part) for part in (weight.zero, weight.order))
     packed = Packed(each(weight.codes), each(weight.scale), zero)
-    return QuantizedTensor(packed, weight.format, weight.shape, weight.dtype, weight.transposed)
+    return QuantizedTensor(packed, weight.format, weight.shape, weight.dtype, weight.transposed, order)
 
 
 def _alike(func: torch._ops.OpOverload, weight: QuantizedTensor, **kwargs: Any) -> Any:
@@ -166,14 +187,15 @@ def _to_copy(
         return NotImplemented
     kwargs.pop("memory_format", None)
     moved = _on_parts(weight, lambda part: func(part, **kwargs))
-    return QuantizedTensor(moved.packed, weight.format, weight.shape, dtype or weight.dtype, weight.transposed)
+    dtype = dtype or weight.dtype
+    return QuantizedTensor(moved.packed, weight.format, weight.shape, dtype, weight.transposed, moved.order)
 
 
 def _transpose(func: torch._ops.OpOverload, weight: QuantizedTensor, *dims: object) -> Any:
     if dims not in ((), (0, 1), (1, 0), ([1, 0],), (-1, -2), (-2, -1)):
         return NotImplemented
     shape = (weight.shape[1], weight.shape[0])
-    return QuantizedTensor(weight.packed, weight.format, shape, weight.dtype, not weight.transposed)
+    return QuantizedTensor(weight.packed, weight.format, shape, weight.dtype, not weight.transposed, weight.order)
 
 
 def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Tensor, *rest: object) -> Any:
@@ -181,7 +203,8 @@ def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Te
     if weight.transposed:
         return NotImplemented
     rows = [None if part is None else _rows(part, indices) for part in (weight.codes, weight.scale, weight.zero)]
-    return torch.ops.llmcomp.dequantize(*rows, str(weight.format), weight.columns, weight.dtype)
+    stored = torch.ops.llmcomp.dequantize(*rows, str(weight.format), weight.columns, weight.dtype)
+    return _unsorted(stored, weight.order)
 
 
 def _rows(part: Tensor, indices: Tensor) -> Tensor:
@@ -202,6 +225,8 @@ def _dynamic(weight: Any, x: Any, bias: Any = None) -> bool:
 
 
 def _product(weight: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.order is not None:
+        x = x.index_select(-1, weight.order)
     product: Tensor = torch.ops.llmcomp.packed_linear(
         x, weight.codes, weight.scale, weight.zero, bias, str(weight.format)
     )
@@ -209,9 +234,13 @@ def _product(weight: QuantizedTensor, x: Tensor, bias: Tensor | None = None) -> 
 
 
 def _linear(func: torch._ops.OpOverload, x: Any, weight: Any, bias: Any = None) -> Any:
-    if not _dynamic(weight, x, bias) or weight.transposed:
+    """Where columns are stored in another order, the inputs are brought into it: the matrix stays as it is stored."""
+    if _dynamic(weight, x, bias) and not weight.transposed:
+        return _product(weight, x, bias)
+    if not isinstance(weight, QuantizedTensor) or weight.order is None or weight.transposed:
         return NotImplemented
-    return _product(weight, x, bias)
+    stored = QuantizedTensor(weight.packed, weight.format, weight.shape, weight.dtype)
+    return func(x.index_select(-1, weight.order), stored, bias)
 
 
 def _mm(func: torch._ops.OpOverload, x: Any, weight: Any) -> Any:
@@ -233,23 +262,42 @@ def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking
     """Writing to a quantized weight quantizes; from one of the same format it moves the parts."""
     if not isinstance(weight, QuantizedTensor):
         return NotImplemented
-    given: Packed
-    if isinstance(source, QuantizedTensor):
-        same = (source.format, source.transposed, source.shape) == (weight.format, weight.transposed, weight.shape)
-        given = source.packed if same else _packed_of(source.dequantize(), weight)
-    else:
-        given = _packed_of(source, weight)
-    for name in PARTS:
+    moves = isinstance(source, QuantizedTensor) and _layout(source) == _layout(weight)
+    if moves and weight.order is not None:
+        moves = torch.equal(source.order, weight.order)  # type: ignore[attr-defined]
+    if isinstance(source, QuantizedTensor) and not moves:
+        source = source.dequantize()
+    given = source.packed if isinstance(source, QuantizedTensor) else _packed_of(source, weight)
+    for name in ("codes", "scale", "zero"):
         if (part := getattr(weight, name)) is not None:
             part.copy_(getattr(given, name))
     return weight
 
 
+def _layout(weight: QuantizedTensor) -> tuple[object, ...]:
+    """Weights of which this is the same have parts of the same shapes and dtypes."""
+    return weight.format, weight.transposed, weight.shape, weight.scale.dtype, weight.order is None
+
+
 def _packed_of(source: Tensor, weight: QuantizedTensor) -> Packed:
+    """What `weight` becomes when `source` is written to it."""
     if source.shape != weight.shape:
         source = source.expand(weight.shape)  # raises where the shapes do not belong together
     matrix = source.to(weight.codes.device)
-    return weight.format.quantize((matrix.t() if weight.transposed else matrix).to(weight.dtype))
+    matrix = (matrix.t() if weight.transposed else matrix).to(weight.dtype)
+    if weight.order is not None:
+        matrix = matrix.index_select(1, weight.order)
+    packed = weight.format.quantize(matrix)
+    return packed if packed.scale.dtype == weight.scale.dtype else _rescaled(packed, matrix, weight)
+
+
+def _rescaled(packed: Packed, matrix: Tensor, weight: QuantizedTensor) -> Packed:
+    """The same with scales as `weight` stores them, and codes that are rounded against these."""
+    info = torch.finfo(weight.scale.dtype)
+    scale = packed.scale.float().clamp(info.min, info.max).to(weight.scale.dtype)
+    scale = torch.where(scale == 0, info.smallest_normal, scale)
+    codes = weight.format.round(grouped(matrix.float(), weight.format.group), scale, packed.zero)
+    return weight.format.packed(codes.flatten(-2), scale, packed.zero)
 
 
 _RULES: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
