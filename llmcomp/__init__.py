@@ -17,6 +17,7 @@ from llmcomp.errors import (
     MemoryFullError,
     OptionError,
     PassError,
+    PruneError,
     VerifyError,
 )
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from llmcomp.generation import custom_generate, generate, stream
     from llmcomp.hf_quantizer import QuantizationConfig
     from llmcomp.options import Options
+    from llmcomp.pruning import Pruning, prune_
+    from llmcomp.pruning_schedule import PruningSchedule
     from llmcomp.quantization import Quantization, quantize_
     from llmcomp.reuse import reset
+    from llmcomp.sparsity import NM, Magnitude, Movement, SparseGPT, Structured, Wanda, Zeros
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,19 +47,30 @@ __all__ = [
     "Int4",
     "Int8",
     "LlmcompError",
+    "Magnitude",
     "MemoryFullError",
+    "Movement",
     "Mxfp4",
+    "NM",
     "Nf4",
     "OptionError",
     "Options",
     "PassError",
+    "PruneError",
+    "Pruning",
+    "PruningSchedule",
     "Quantization",
     "QuantizationConfig",
+    "SparseGPT",
+    "Structured",
     "VerifyError",
+    "Wanda",
+    "Zeros",
     "calibrate",
     "custom_generate",
     "explain",
     "generate",
+    "prune_",
     "quantize_",
     "reset",
     "stream",
@@ -71,6 +86,10 @@ _LATER = {
     "Quantization": "llmcomp.quantization",
     "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",
+    "Pruning": "llmcomp.pruning",
+    "prune_": "llmcomp.pruning",
+    "PruningSchedule": "llmcomp.pruning_schedule",
+    **dict.fromkeys(("Magnitude", "Movement", "NM", "SparseGPT", "Structured", "Wanda", "Zeros"), "llmcomp.sparsity"),
     **dict.fromkeys(("Format", "Fp8", "Int4", "Int8", "Mxfp4", "Nf4"), "llmcomp.formats"),
     "custom_generate": "llmcomp.generation",
     "generate": "llmcomp.generation",

@@ -39,3 +39,7 @@ class MemoryFullError(LlmcompError):
 
 class FormatError(LlmcompError):
     """A weight that a storage format can't hold, or packed data that does not fit together."""
+
+
+class PruneError(LlmcompError):
+    """Something that can't be pruned in the way that was asked for, or not without data."""

@@ -25,7 +25,7 @@ def gptq(weight: Tensor, moment: Tensor, form: Format, damping: float = 0.01) ->
     """
     check(weight, form)
     rest = weight.float().clone()
-    factor = _factor(moment.float().clone(), damping)
+    factor = inverse_factor(moment.float().clone(), damping)
     rows, columns = rest.shape
     group = form.group or columns
     codes: list[Tensor] = []
@@ -51,7 +51,7 @@ def gptq(weight: Tensor, moment: Tensor, form: Format, damping: float = 0.01) ->
     return form.packed(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
 
 
-def _factor(moment: Tensor, damping: float) -> Tensor:
+def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped moment."""
     diagonal = moment.diagonal()
     seen = diagonal > 0

@@ -1,0 +1,111 @@
+"""Pruning while a model is trained: a little more after every few steps of the optimizer, up to a target.
+
+    schedule = llmcomp.PruningSchedule(model, llmcomp.Movement(0.5), steps=1000)
+    for batch in batches:
+        model(**batch).loss.backward(); optimizer.step(); schedule.step(); optimizer.zero_grad()
+
+The part that is pruned rises from `initial` to the target as 1 - (1 - t) ** 3 (Zhu and Gupta 2017, arXiv:1710.01878):
+fast at first, while there is much to choose from.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llmcomp.errors import OptionError, PruneError
+from llmcomp.masks import Held, hold
+from llmcomp.pruning import PruneSpec, Pruning, planned, pruning_of
+from llmcomp.saliency import keep_largest
+from llmcomp.sparsity import Magnitude, Movement, require_fraction
+
+
+def cubic(progress: float, initial: float, final: float) -> float:
+    """The sparsity at `progress` in [0, 1]."""
+    return final + (initial - final) * (1 - progress) ** 3
+
+
+class PruningSchedule:
+    """Prunes `model` by `step()` calls. At the end, and when it is dropped before it, the masks go on to hold."""
+
+    def __init__(
+        self, model: nn.Module, spec: PruneSpec, steps: int, begin: int = 0, every: int = 1, initial: float = 0.0
+    ) -> None:
+        """`spec` as for `prune_`, of Magnitude and Movement; steps `begin` to `begin + steps` prune, each `every`-th.
+
+        Raises:
+            OptionError: an unknown spec, or a schedule that does not end.
+            PruneError: a matrix that is chosen is not trained, or does not fit. The model is then as it was.
+        """
+        for name, value, least in (("steps", steps, 1), ("begin", begin, 0), ("every", every, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise OptionError(
+                    f"expected {name} to be a whole number from {least} on, found {value!r}: pass steps=1000"
+                )
+        if every > steps:
+            raise OptionError(
+                f"expected the schedule to prune in its {steps} steps, found every={every}: pass a smaller one"
+            )
+        require_fraction("initial", initial)
+        self.steps, self.begin, self.every, self.initial, self.count = steps, begin, every, initial, 0
+        self._plans = planned(model, spec)
+        chosen = [plan for plan in self._plans if plan.by is not None]
+        for plan in chosen:
+            if not isinstance(plan.by, Magnitude | Movement) or getattr(plan.by, "scope", "tensor") != "tensor":
+                raise OptionError(f"expected Magnitude of each tensor, or Movement, in a schedule, found {plan.by!r}")
+            if not plan.site.weight.requires_grad:
+                raise PruneError(f"expected weights that are trained, found {plan.site.name} frozen: leave it out")
+        self._matrices = [
+            _Matrix(plan.site.holders, plan.by.sparsity, isinstance(plan.by, Movement))
+            for plan in chosen
+            if isinstance(plan.by, Magnitude | Movement)
+        ]
+
+    @property
+    def progress(self) -> float:
+        """How much of the schedule is done, in [0, 1]."""
+        return min(max(self.count - self.begin, 0) / self.steps, 1.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the target is reached."""
+        return self.progress == 1
+
+    def step(self) -> None:
+        """To be called after each step of the optimizer."""
+        self.count += 1
+        passed = self.count - self.begin
+        if 0 < passed <= self.steps and (passed % self.every == 0 or passed == self.steps):
+            for matrix in self._matrices:
+                matrix.prune(cubic(self.progress, min(self.initial, matrix.target), matrix.target))
+
+    def report(self) -> Pruning:
+        """What is pruned by now, matrix by matrix."""
+        return pruning_of(self._plans)
+
+
+class _Matrix:
+    """One weight on its way; by movement, with what it is worth, and the values of what is pruned."""
+
+    def __init__(self, holders: tuple[nn.Module, ...], target: float, moves: bool) -> None:
+        weight = holders[0]._parameters["weight"]
+        assert isinstance(weight, nn.Parameter)
+        self.weight, self.target = weight, target
+        self.worth = torch.zeros_like(weight, dtype=torch.float32) if moves else None
+        self.values = weight.detach().clone() if moves else None
+        if moves:
+            weight.register_hook(self._watch)  # before that of the mask: it sees the gradients of what is pruned
+        self.held: Held = hold(holders, "weight", weight.detach() != 0)
+
+    def _watch(self, gradient: Tensor) -> None:
+        assert self.worth is not None and self.values is not None
+        values = torch.where(self.held.mask, self.weight.detach(), self.values)
+        self.worth -= values.float() * gradient.float()
+
+    @torch.no_grad()
+    def prune(self, sparsity: float) -> None:
+        if self.worth is None or self.values is None:
+            self.held.mask = keep_largest(self.weight.float().abs(), sparsity) & self.held.mask
+        else:
+            self.values = torch.where(self.held.mask, self.weight, self.values)
+            self.held.mask = keep_largest(self.worth, sparsity)
+            self.weight.copy_(self.values)
+        self.held.apply()

@@ -1,0 +1,89 @@
+"""llmcomp/pruning_schedule.py: a little more at every step; movement lets weights come back."""
+
+import pytest
+import torch
+from torch import nn
+
+import llmcomp
+from llmcomp.errors import LlmcompError, OptionError, PruneError
+from llmcomp.pruning_schedule import PruningSchedule, cubic
+from llmcomp.sparsity import NM, Magnitude, Movement
+
+
+def zeros(module: nn.Module) -> float:
+    return float((module.weight == 0).float().mean())  # type: ignore[operator, union-attr]
+
+
+def test_the_cubic() -> None:
+    assert cubic(0, 0.1, 0.9) == pytest.approx(0.1) and cubic(1, 0.1, 0.9) == 0.9
+    assert cubic(0.5, 0.0, 0.8) == pytest.approx(0.8 * 7 / 8)
+
+
+def test_magnitude_rises_to_the_target_and_holds() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    schedule = PruningSchedule(model, {"0": Magnitude(0.75)}, steps=8, begin=2, every=4)
+    seen = []
+    for _ in range(14):
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+        seen.append(zeros(model[0]))
+    assert seen[:5] == [0.0] * 5 and seen[5:9] == [int(256 * cubic(0.5, 0, 0.75)) / 256] * 4
+    assert seen[9:] == [0.75] * 5 and schedule.done and zeros(model[1]) == 0
+    assert [r.name for r in schedule.report().pruned] == ["0"]
+
+
+def test_movement_keeps_what_grows_whatever_its_size() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 1.0, 0.1, 0.1]]))
+    goal = torch.tensor([[0.0, 0.5, 1.0, 0.8]])  # the small weights grow, the large ones shrink
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    schedule = PruningSchedule(model, Movement(0.5), steps=5)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model.weight - goal).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert (model.weight != 0).tolist() == [[False, False, True, True]]
+
+
+def test_what_moves_away_from_zero_comes_back() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.5, 0.5]]))
+    schedule = PruningSchedule(model, Movement(0.5), steps=3, initial=0.5)
+    for gradient, stays in (([1.0, -1.0], 1), ([1.0, -1.0], 1), ([-9.0, 9.0], 0)):
+        model.zero_grad()
+        (model.weight * torch.tensor([gradient])).sum().backward()
+        schedule.step()
+        assert float(model.weight.detach()[0, stays]) == 0.5 and zeros(model) == 0.5
+
+
+@pytest.mark.parametrize(
+    "spec,settings,error",
+    [
+        (Magnitude(0.5), {"steps": 0}, OptionError),
+        (Magnitude(0.5), {"steps": float("inf")}, OptionError),
+        (Magnitude(0.5), {"steps": 5, "every": 6}, OptionError),
+        (Magnitude(0.5), {"steps": 5, "begin": -1}, OptionError),
+        (Magnitude(0.5), {"steps": 5, "initial": 1.0}, OptionError),
+        (Magnitude(0.5, "global"), {"steps": 5}, OptionError),
+        (NM(2, 4), {"steps": 5}, OptionError),
+    ],
+)
+def test_refusals(spec: object, settings: dict[str, int], error: type[LlmcompError]) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(error, match="expected"):
+        PruningSchedule(model, spec, **settings)  # type: ignore[arg-type]
+    assert zeros(model) == 0
+
+
+def test_frozen_weights_and_movement_without_a_schedule() -> None:
+    with pytest.raises(PruneError, match="frozen"):
+        PruningSchedule(nn.Linear(4, 4).requires_grad_(False), Movement(0.5), steps=5)
+    with pytest.raises(OptionError, match="PruningSchedule"):
+        llmcomp.prune_(nn.Linear(4, 4), Movement(0.5))
