@@ -7,10 +7,10 @@
              weight_zero_point (N b / 32, G), weight_g_idx (K,)
     plain    weight (N, K) int8 or float8_e4m3fn, weight_scale (N, 1) or (1,)        none: an element is a code
 
-The first code of an int32 stands in its lowest bits. All of them mean (code - zero) * scale. Zeros of gptq are stored less one (modulo 2^b), or as they are in its second
-version. Codes, zero points and scales are kept bit by bit; a scale that more than 128 neighbours share is repeated for
-each 128 of them. Where `g_idx` scatters the inputs over the groups, columns are stored sorted by group, and the result
-says in which order.
+The first code of an int32 stands in its lowest bits. All of them mean (code - zero) * scale. Zeros of gptq are stored
+less one (modulo 2^b), or as they are in its second version. Codes, zero points and scales are kept bit by bit; a scale
+that more than 128 neighbours share is repeated for each 128 of them. Where `g_idx` scatters the inputs over the groups,
+columns are stored sorted by group, and the result says in which order.
 
 Sources: AutoGPTQ's and GPTQModel's linear layers, AutoAWQ's WQLinear_GEMM, the compressors of compressed-tensors.
 """
