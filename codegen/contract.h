@@ -43,8 +43,8 @@ INLINE int64_t wide_tile(int64_t columns, int64_t rows, int64_t team) {
 }
 
 // What all kinds of operand share: where the packed rows of a block are, and who packs which. A packed row is a
-// multiple of MULTIPLE long.
-template <typename Packed, int64_t PANEL_, int64_t MULTIPLE>
+// multiple of MULTIPLE long, with room for EXTRA elements behind.
+template <typename Packed, int64_t PANEL_, int64_t MULTIPLE, int64_t EXTRA = 0>
 struct Packing {
     static constexpr int64_t PANEL = PANEL_;  // rows that are multiplied together
 
@@ -55,7 +55,7 @@ struct Packing {
     Packed* const packed;
     int64_t count = 0;  // rows of the current block
 
-    static int64_t stride_of(int64_t depth) { return round_up(depth, MULTIPLE); }
+    static int64_t stride_of(int64_t depth) { return round_up(depth, MULTIPLE) + EXTRA; }
     static bool share(int64_t rows, int64_t depth, int64_t team) { return team > 1 && rows * depth > PRIVATE; }
     static int64_t block_size(int64_t rows, int64_t depth) {
         return round_up(op::minimum(rows, BLOCK), PANEL) * stride_of(depth);

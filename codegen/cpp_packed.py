@@ -8,6 +8,13 @@ from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
 from llmcomp.formats import Format, Int4, Mxfp4
 
 
+def header(packing: Packing | None) -> str:
+    """The header that a kernel of such weights builds on."""
+    if packing is None:
+        return "contract"
+    return "dynamic" if packing.format.dynamic else "packed"
+
+
 def numbers_name(kernel: Contract) -> str:
     """The array that holds what 4-bit codes stand for."""
     return f"{kernel.name}_numbers"

@@ -101,8 +101,8 @@ INLINE V rotate(V v, Lanes<LANE...>) {
 }
 
 // One round: from N vectors to the first of every 2 S, their lanes taking turns of S.
-template <int S, int64_t N>
-INLINE void add_round(Vec (&v)[N]) {
+template <int S, int64_t N, typename V>
+INLINE void add_round(V (&v)[N]) {
     if constexpr (S < N) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < N; i += 2 * S) {
@@ -115,8 +115,8 @@ INLINE void add_round(Vec (&v)[N]) {
 }
 
 // Lane i of the result is the sum of the lanes of v[i]; N is a power of two up to W.
-template <int64_t N>
-INLINE Vec sums(Vec (&v)[N]) {
+template <int64_t N, typename V>
+INLINE V sums(V (&v)[N]) {
     static_assert(N <= W && W <= 16, "as many lanes as vectors");
     add_round<1>(v);
     add_round<2>(v);
