@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import llmcomp
+from llmcomp import prune_data
 from llmcomp.errors import FormatError, LlmcompError, OptionError, PruneError
 from llmcomp.masks import masks
 from llmcomp.pruning import prune_
 from llmcomp.quantization import quantize_
+from llmcomp.sparsegpt import sparsegpt
 from llmcomp.sparsity import NM, Magnitude, SparseGPT, Wanda, Zeros
 from tests.quantizable import IDS, llama, logits
 
@@ -121,14 +124,28 @@ def test_weights_that_are_not_finite_and_bad_data() -> None:
     for batches in ([], [torch.randn(2, 8)], [torch.full((1, 4), 300)]):
         with pytest.raises(FormatError, match="batch"):
             prune_(model, SparseGPT(0.5), batches)
-    with pytest.raises(FormatError, match="damping"):
-        prune_(model, SparseGPT(0.5, damping=-2.0), DATA)  # fails after a layer was changed
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(PruneError, match="up_proj: expected finite"):
         prune_(model, "50%")
     assert not masks(model)
+
+
+def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    before, done = copy.deepcopy(model.state_dict()), []
+
+    def failing(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        if len(done) == 10:
+            raise FormatError("expected more data")
+        done.append(weight.shape)
+        return sparsegpt(weight, *rest)
+
+    monkeypatch.setattr(prune_data, "sparsegpt", failing)
+    with pytest.raises(FormatError):
+        prune_(model, SparseGPT(0.5), DATA)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and not masks(model)
 
 
 def test_training_keeps_zeros_and_a_second_call_adds_to_them() -> None:
