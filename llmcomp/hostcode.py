@@ -15,8 +15,7 @@ import ctypes
 import linecache
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,16 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
 from llmcomp import headroom
-from llmcomp.arena import Arena, Lifetime, plan_arena
 from llmcomp.codegen.build import Built, Source, build
 from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
-from llmcomp.codegen.index import size, sizes
+from llmcomp.codegen.index import size
 from llmcomp.codegen.kernel import checks
 from llmcomp.codegen.lowered import destination
 from llmcomp.options import Options
 from llmcomp.region import Partition
 from llmcomp.status import check_status, shared_status
+from llmcomp.storage import Storage, assign_storage, seen
 from llmcomp.target import Target
 
 if TYPE_CHECKING:
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
     from llmcomp.program import Step
 
 PROCESS = os.getpid()
+# What the text calls its own variables; the helpers that it calls are the names of its namespace.
+LOCALS = frozenset("arena threads pointers sizes kernels launch index_status".split())
 _files = count()
 
 
@@ -51,15 +52,6 @@ def thread_count(asked: int | None) -> int:
     if os.getpid() != PROCESS:
         return 1
     return asked or torch.get_num_threads()
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where results lie: `arena` holds those that only kernels see, `tensors` those that need a
-    torch.Tensor."""
-
-    arena: Arena
-    tensors: frozenset[Node]
 
 
 def host_program(
@@ -99,60 +91,6 @@ def host_program(
     return writer.compiled()
 
 
-def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]", target: Target) -> Storage:
-    """Decide for every stored result whether it needs a tensor of its own, and place the others in the
-    arena."""
-    stored = {o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o}
-    step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
-    visible = set(_seen(gm.graph.output_node(), partition))
-    for step in steps:
-        if step.lowered is None:
-            visible.update(_seen(step.region.nodes[0], partition))
-    tensors = stored & visible if target.name == "cpp" else stored
-    lifetimes = []
-    for node in stored - tensors:
-        readers = [step_of[n] for n in _readers(node, partition) if n in step_of]
-        value = node.meta["val"]
-        extent = _storage_elements(value) * value.dtype.itemsize
-        lifetimes.append(Lifetime(node, extent, step_of[node], max([step_of[node], *readers])))
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    lifetimes.sort(key=lambda v: order[v.node])
-    return Storage(plan_arena(lifetimes), frozenset(tensors))
-
-
-def _storage_elements(value: torch.Tensor) -> sympy.Expr:
-    """Elements from the first to the last of a tensor of positive strides."""
-    return sympy.expand(
-        1 + sympy.Add(*((n - 1) * s for n, s in zip(sizes(value.shape), sizes(value.stride()), strict=True)))
-    )
-
-
-def _seen(node: Node, partition: Partition) -> Iterator[Node]:
-    """Nodes whose values `node` reads as tensors, seen through inlined nodes."""
-    stack, done = list(node.all_input_nodes), set()
-    while stack:
-        source = stack.pop()
-        if source in done:
-            continue
-        done.add(source)
-        if source in partition.inlined:
-            stack.extend(source.all_input_nodes)
-        else:
-            yield source
-
-
-def _readers(node: Node, partition: Partition) -> Iterator[Node]:
-    stack, done = list(node.users), set()
-    while stack:
-        user = stack.pop()
-        if user in done:
-            continue
-        done.add(user)
-        yield user
-        if user in partition.inlined:
-            stack.extend(user.users)
-
-
 class HostWriter:
     """Writes the host function line by line."""
 
@@ -165,7 +103,7 @@ class HostWriter:
         self.bound: set[sympy.Symbol] = set()
         self.last_use: dict[Node, int] = {}
         self.plans: list[Source] = []
-        self.returned = frozenset(_seen(gm.graph.output_node(), partition))
+        self.returned = frozenset(seen(gm.graph.output_node(), partition))
         self.namespace: dict[str, Any] = {
             "torch": torch,
             "math": math,  # what sizes are computed with
@@ -180,6 +118,11 @@ class HostWriter:
             "nan": float("nan"),
         }
         self._print = PythonPrinter().doprint
+
+    def variable(self, node: Node) -> str:
+        """The local variable of a node; names that the text uses for something else (aten.empty's) get a tail."""
+        taken = node.name in self.namespace or node.name in LOCALS
+        return f"{node.name}_" if taken else node.name
 
     def line(self, text: str) -> None:
         self.lines.append("    " + text)
@@ -196,7 +139,7 @@ class HostWriter:
         """The signature, the sizes, the arena."""
         placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         for n in placeholders:
-            self.names[n] = n.name
+            self.names[n] = self.variable(n)
         self.lines.append(f"def call({', '.join(self.names[n] for n in placeholders)}):")
         for node in self.gm.graph.nodes:
             if node.op == "get_attr":
@@ -204,7 +147,7 @@ class HostWriter:
         self._bind_sizes(placeholders)
         for position, step in enumerate(steps):
             for node in step.region.nodes:
-                for source in _seen(node, self.partition):
+                for source in seen(node, self.partition):
                     self.last_use[source] = position
         if self.storage.arena.offsets:
             self.line(f"arena = empty(({self.expr(self.storage.arena.size)},), dtype=torch.uint8)")
@@ -218,7 +161,7 @@ class HostWriter:
         for n in placeholders:
             value = n.meta.get("val")
             if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-                self._bind(value.node.expr, n.name)
+                self._bind(value.node.expr, self.names[n])
         for n in placeholders:
             value = n.meta.get("val")
             if isinstance(value, torch.Tensor):
@@ -243,13 +186,13 @@ class HostWriter:
         """An eager call."""
         node = step.region.nodes[0]
         text = self._call(node)
-        self.names[node] = node.name
-        self.line(f"{node.name} = {text}")
+        self.names[node] = self.variable(node)
+        self.line(f"{self.names[node]} = {text}")
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             self._bind_tensor(node, value)
         elif isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-            self._bind(value.node.expr, node.name)
+            self._bind(value.node.expr, self.names[node])
         self.release(position)
 
     def _call(self, node: Node) -> str:
@@ -303,8 +246,8 @@ class HostWriter:
                     shape = self._tuple(value.shape)
                     strides = self._tuple(value.stride())
                     dtype, device = self._constant(value.dtype), self._constant(value.device)
-                    self.names[node] = node.name
-                    self.line(f"{node.name} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
+                    self.names[node] = self.variable(node)
+                    self.line(f"{self.names[node]} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
 
     def _tuple(self, values: Sequence[int | torch.SymInt]) -> str:
         inner = ", ".join(self.expr(size(v)) for v in values)
@@ -376,7 +319,7 @@ class HostWriter:
             n
             for n in self.names
             if n.op == "call_function" and self.last_use.get(n, position) <= position and n not in self.returned
-            and self.names[n] == n.name
+            and self.names[n] == self.variable(n)
         ]  # fmt: skip
         if dead:
             self.line("del " + ", ".join(self.names[n] for n in dead))

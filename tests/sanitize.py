@@ -19,9 +19,9 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from llmcomp import hostcode
-from llmcomp.hostcode import Storage
 from llmcomp.program import Step
 from llmcomp.region import Partition
+from llmcomp.storage import Storage
 from llmcomp.target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
