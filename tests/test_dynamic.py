@@ -71,7 +71,7 @@ def test_eager_layers_quantize_their_operand(name: str, dtype: torch.dtype, shap
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("compiled", [False])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_go_through_the_weight_as_if_nothing_were_rounded(name: str, compiled: bool) -> None:
     made, x = layer(name), torch.randn(2, 3, 128, requires_grad=True)
     run = torch.compile(made, backend="llmcomp") if compiled else made
