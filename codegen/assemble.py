@@ -40,6 +40,11 @@ POINTERS: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "*u8",  # kernels are given its bits: not every GPU knows the type
 }
 ALIGNMENT = 16  # bytes; what torch's allocator and our arena give every buffer
+LINE = re.compile(
+    r"^(?P<label>\.L_x_\d+):|^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(?P<opcode>[A-Z][A-Z0-9_.]*)(?P<rest>.*)",
+    re.MULTILINE,
+)
+TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|QGMMA|IMMA|IGMMA|UTCHMMA)")
 SPILL = re.compile(r"^(STL|LDL)\b")
@@ -74,6 +79,11 @@ class Assembly:
     def spills(self) -> int:
         """Instructions that store registers to local memory or load them back."""
         return sum(n for op, n in self.instructions.items() if SPILL.match(op))
+
+    @property
+    def loop(self) -> Counter[str]:
+        """The instructions of the longest loop that contains no other; of none, nothing."""
+        return max(loops(self.sass), key=Counter.total, default=Counter())
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -113,6 +123,23 @@ def load_bytes(opcode: str) -> int:
         if suffix in ("64", "128"):
             return int(suffix) // 8
     return 4
+
+
+def loops(sass: str) -> list[Counter[str]]:
+    """The instructions of each loop of a disassembly that contains no other: what lies behind a branch backwards."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    found: list[tuple[int, int]] = []
+    for line in LINE.finditer(sass):
+        if line["label"]:
+            labels[line["label"]] = len(opcodes)
+            continue
+        opcodes.append(line["opcode"])
+        target = TARGET.search(line["rest"])
+        if line["opcode"].startswith("BRA") and target is not None and target[1] in labels:
+            found.append((labels[target[1]], len(opcodes)))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [Counter(opcodes[first:end]) for first, end in inner]
 
 
 def record(

@@ -3,6 +3,7 @@
 A configuration is chosen by the class of the shape, with no search. tune.py searches, on a GPU.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -140,11 +141,11 @@ class Product(NamedTuple):
     depth: int
     parts: int = 1  # accumulators of a section
     width: int = 0  # columns that a program must own together; 0 where any number will do
-    bytes: int = 2  # of an element of the weights
+    bytes: int = 2  # of an element of the weights; of the operand, where they are codes of 4 bits
     experts: int = 1
     across: bool = False  # weights lie along the columns (K, N), not along the depth
     room: int = 64  # results for which a thread has registers, as far as what follows the products goes
-    codes: int = 1  # weights in an element: several where elements are words of 4-bit codes
+    quad: int = 0  # codes of weights that few rows meet in quads of words: how many of what `depth` counts these hold
 
 
 def _divisor(depth: int, wanted: int) -> int:
@@ -156,7 +157,6 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
     """A thread holds `elements` products of each step; 16 bytes of weights lie together, a sector if across."""
     rows = min(power(-(-shape.rows // shape.experts)), 4)
     depth = _divisor(shape.depth, block_k)
-    elements //= max(1, shape.codes // 4)  # unpacking takes registers as well
     products = elements * 32 * warps // (rows * shape.parts)
     block_n = shape.width or min(128, max(1, products // depth))
     if shape.across:
@@ -169,13 +169,36 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
     return Config(blocks, warps, 1, "gemv")
 
 
+def _quads_gemv(shape: Product, block_quads: int, quads: int, warps: int) -> Config:
+    """A thread holds `quads` of words of each step; columns share what is done for the operands of a quad."""
+    rows = min(power(-(-shape.rows // shape.experts)), 4)
+    along = _units(shape, block_quads * shape.quad) // shape.quad
+    warps = warps if shape.width else max(1, min(warps, along // 32))
+    held = quads * 32 * warps // shape.parts
+    block_n = shape.width or min(128, max(1, held // along))
+    if shape.width:
+        along = max(1, min(along, power(held // block_n)))
+    blocks = (("BLOCK_M", rows), ("BLOCK_N", block_n), ("BLOCK_K", along * shape.quad))
+    return Config(blocks, warps, 1, "gemv")
+
+
+def _units(shape: Product, wanted: int) -> int:
+    """The largest power of two up to `wanted` that divides the depth; a few quads at least, which may be masked."""
+    return max(32 if shape.quad == 4 else 64, min(wanted, shape.depth & -shape.depth))
+
+
 def gemv_config(shape: Product) -> Config:
-    """For few rows: 32 products a thread keep four 16-byte loads of weights under way."""
+    """For few rows: 32 products a thread keep four 16-byte loads of weights under way, or 8 quads of codes eight."""
+    if shape.quad:
+        return _quads_gemv(shape, 128, 8 if shape.rows <= shape.experts else 4, 8 if shape.width else 4)
     return _gemv(shape, 1024, 32 if shape.rows <= shape.experts else 64, 8 if shape.width else 4)
 
 
 def gemv_configs(shape: Product) -> tuple[Config, ...]:
     """Candidates for few rows."""
+    if shape.quad:
+        choices = itertools.product((32, 64, 128, 256), (2, 4, 8, 16), (1, 2, 4, 8))
+        return tuple(sorted({_quads_gemv(shape, *choice) for choice in choices}, key=str))
     found = {
         _gemv(shape, block_k, elements, warps)
         for block_k in (256, 512, 1024, 2048)
@@ -187,7 +210,10 @@ def gemv_configs(shape: Product) -> tuple[Config, ...]:
 
 def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
     block_n = shape.width or block_n
-    block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(block_k, 32)
+    if shape.quad == 4:  # words of two halves that are multiplied one after the other
+        block_k = max(16, min(block_k // 4, shape.depth & -shape.depth))
+    else:
+        block_k = _divisor(shape.depth, block_k) if shape.bytes < 4 else min(block_k, 32)
     blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n), ("BLOCK_K", block_k))
     return Config(blocks, warps, stages, "dot")
 
@@ -213,6 +239,8 @@ def dot_config(shape: Product) -> Config:
     if shape.bytes > 2:
         large = [_dot(shape, 64, 64, 32, 8, 2), _dot(shape, 64, 64, 16, 8, 2)]
         guesses = [*(large if rows > 64 else []), _dot(shape, 16 if rows <= 16 else 32, 32, 32, 8, 2)]
+    elif rows > 64 and shape.quad == 4:  # words that are unpacked take registers
+        guesses = [_dot(shape, 64, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
     elif rows <= 16:
         guesses = [_dot(shape, 16, 32, 128, 4, 4)]
     elif rows <= 64:

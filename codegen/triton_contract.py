@@ -66,12 +66,24 @@ from llmcomp.codegen.triton_file import (
     launcher,
     unpack,
 )
-from llmcomp.codegen.triton_packed import WORD, print_rows, print_scaled, print_words, words_of
+from llmcomp.codegen.triton_packed import (
+    WORD,
+    gemv_total,
+    print_codes_dot,
+    print_quads,
+    print_rows,
+    print_scaled,
+    print_sizes,
+    quad_of,
+    words_of,
+)
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
 GEMV_ROWS = 4
 # A depth that is a multiple of this is never masked: the launcher chooses a BLOCK_K that divides it.
 EVEN_DEPTH = 64
+# Likewise a row of words of 4-bit codes.
+EVEN_WORDS = 32
 # Likewise columns: BLOCK_N is never larger.
 EVEN_COLUMNS = 128
 MINIMUM_DOT = 16
@@ -86,7 +98,7 @@ def render_contract(kernel: Contract) -> str:
     kernel = replace(kernel, sections=distinct(kernel))
     forms = forms_of(kernel)
     w = Writer()
-    file_head(w)
+    file_head(w, codes=packing_of(kernel) is not None)
     for form in forms:
         _print_form(w, kernel, form, _function_name(kernel, form, forms))
     _print_extents(w, kernel)
@@ -201,6 +213,7 @@ def _print_form(w: Writer, kernel: Contract, form: str, name: str) -> None:
     with jit_function(w, kernel, _bodies(kernel), name, ["BLOCK_M", "BLOCK_N", "BLOCK_K"], doc):
         if _even(kernel):
             w.line(f"tl.static_assert({indexed(_steps(kernel))} % BLOCK_K == 0)")
+        print_sizes(w, kernel, form)
         with _rows(w, kernel):
             tile = _operand_tile(kernel)
             _print_prologue(w, kernel, tile)
@@ -218,10 +231,10 @@ def _steps(kernel: Contract) -> sympy.Expr:
 
 
 def _even(kernel: Contract) -> bool:
-    depth = _steps(kernel)
-    if words_of(kernel) is not None and kernel.depth.size != WORD * depth:
-        return False
-    return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
+    depth, words = kernel.depth.size, words_of(kernel)
+    if words is None:
+        return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
+    return bool(depth == WORD * words and int(words) % EVEN_WORDS == 0)
 
 
 def _factor(expr: sympy.Expr) -> str:
@@ -239,7 +252,7 @@ def _rows(w: Writer, kernel: Contract) -> Iterator[None]:
         w.line(f"first_row = tl.load({ends} + expert - 1, mask=expert > 0, other=0)")
         experts = _factor(kernel.expert_count)
         w.line(f"end_row = tl.load({ends} + expert, mask=expert < {experts}, other={rows})")
-        w.line(f"depth_end = tl.where(expert < {experts}, {indexed(kernel.depth.size)}, 0)  # nobody's rows give zeros")
+        w.line(f"depth_end = tl.where(expert < {experts}, {indexed(_steps(kernel))}, 0)  # nobody's rows give zeros")
         with w.block("for start_row in range(first_row, end_row, BLOCK_M)"):
             w.line(f"{m} = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)")
             w.line(f"row_inside = {m} < end_row")
@@ -259,7 +272,8 @@ def _rows(w: Writer, kernel: Contract) -> Iterator[None]:
 
 def _operand_tile(kernel: Contract) -> Tile:
     m, k = str(kernel.rows.symbol), str(kernel.depth.symbol)
-    dims = (Dim("m", "BLOCK_M", "row_inside"), Dim("k", "BLOCK_K", "" if _even(kernel) else "k_inside"))
+    block = "BLOCK_K" if words_of(kernel) is None else "HALF"
+    dims = (Dim("m", "BLOCK_M", "row_inside"), Dim("k", block, "" if _even(kernel) else "k_inside"))
     symbols = {m: frozenset({"m"}), k: frozenset({"k"})}
     return Tile(make_buffers(kernel.buffers), dims, symbols, inner="k", inner_at=spell(k))
 
@@ -312,25 +326,33 @@ def _print_section(
     block = epilogue.dim("n").block
     for a in section.accumulators:
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
+    quads = form == "gemv" and quad_of(kernel) > 0
     if packing_of(kernel) is not None:
-        print_rows(w, kernel, section)
+        print_rows(w, section, quads or words_of(kernel) is not None)
     for a in section.accumulators:
-        shape = f"[BLOCK_M, {block}, BLOCK_K]" if form == "gemv" else f"[BLOCK_M, {block}]"
+        shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
         w.line(f"{spell(a.name)} = tl.zeros({shape}, tl.float32)")
     depth = indexed(_steps(kernel)) if kernel.experts is None else "depth_end"
     with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
-        inside = epilogue.dim("n").inside
-        if words_of(kernel) is not None:
-            native = torch.float32 if form == "gemv" else dot_dtype(kernel, section)
-            operand = partial(_print_operand, w, kernel, tile, native)
-            print_words(w, kernel, section, form, inside, _even(kernel), native, operand)
-        else:
-            (_print_gemv if form == "gemv" else _print_dot)(w, kernel, section, inside, tile)
+        _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
     for a in section.accumulators:
         if form == "gemv":
-            w.line(f"{spell(a.name)} = tl.sum({spell(a.name)}, axis=2)")
+            total = gemv_total(kernel, a) if quads else f"tl.sum({spell(a.name)}, axis=2)"
+            w.line(f"{spell(a.name)} = {total}")
         epilogue.values[a.name] = Value(torch.float32, frozenset({"m", "n"}))
     w.lines(statements(section.epilogue, epilogue))
+
+
+def _print_step(w: Writer, kernel: Contract, section: Section, form: str, columns: Dim, tile: Tile) -> None:
+    """What a program does with BLOCK_K of the depth."""
+    even, native = _even(kernel), torch.float32 if form == "gemv" else dot_dtype(kernel, section)
+    operand = partial(_print_operand, w, kernel, tile, native)
+    if form == "gemv" and quad_of(kernel):
+        print_quads(w, kernel, section, columns.block, columns.inside, even, operand)
+    elif words_of(kernel) is not None:
+        print_codes_dot(w, kernel, section, columns.inside, even, native, operand)
+    else:
+        (_print_gemv if form == "gemv" else _print_dot)(w, kernel, section, columns.inside, tile)
 
 
 def _flat(section: Section, column: sympy.Symbol) -> Section:
@@ -395,7 +417,7 @@ def _print_operand(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype)
     w.lines(statements(body, tile))
     known = tile.values[kernel.operand_value]
     if "k" not in known.dims:
-        w.line(f"{value} = tl.broadcast_to({value}, [BLOCK_M, BLOCK_K])")
+        w.line(f"{value} = tl.broadcast_to({value}, [BLOCK_M, {tile.dim('k').block}])")
     if not _even(kernel):
         w.line(f"{value} = tl.where(k_inside, {value}, 0.0)")
     text = narrowed(value, known.dtype, native)
@@ -481,12 +503,14 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         "depth": _steps(kernel),
         "parts": sympy.Integer(max(len(s.accumulators) for s in kernel.sections)),
         "width": sympy.Integer(max(whole_axis(s) for s in kernel.sections)),
-        "bytes": sympy.Integer(4 if words_of(kernel) is not None else max(dtypes[name].itemsize for name in weights)),
+        "bytes": sympy.Integer(max(dtypes[name].itemsize for name in weights)),
         "experts": kernel.expert_count,
         "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
     if words_of(kernel) is not None:
-        fields["codes"] = sympy.Integer(WORD)
+        fields["bytes"] = sympy.Integer(kernel.operand_dtype.itemsize)
+    if quad_of(kernel):
+        fields["quad"] = sympy.Integer(quad_of(kernel))
     if (room := min(_room(s) for s in kernel.sections)) < ROOM:
         fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)

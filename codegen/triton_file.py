@@ -18,13 +18,15 @@ from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.codegen.triton_expr import host
 
 
-def file_head(w: Writer, imports: Sequence[str] = ()) -> None:
-    """The imports."""
+def file_head(w: Writer, imports: Sequence[str] = (), codes: bool = False) -> None:
+    """The imports; with `codes` also the functions for quantized weights."""
     w.lines(imports)
     w.line("import triton")
     w.line("import triton.language as tl")
     w.line()
     w.line("import llmcomp.codegen.launch as launches")
+    if codes:
+        w.line("import llmcomp.codegen.triton_codes as codes")
     w.line("import llmcomp.codegen.triton_prelude as prelude")
 
 

@@ -4,14 +4,17 @@ import pytest
 import sympy
 import torch
 
-from llmcomp.formats import names, parse_format
+from llmcomp.codegen.assemble import assemble
+from llmcomp.codegen.build import Source
+from llmcomp.codegen.triton import render
+from llmcomp.formats import NF4_TABLE, Packed, names, parse_format
 from tests.numerics import assert_equal_float32, assert_no_worse
-from tests.packed_kernels import packed_buffers, packed_linear
+from tests.packed_kernels import packed_buffers, packed_linear, products
 from tests.test_assemble import assemblies
-from tests.triton_kernels import run
+from tests.triton_kernels import load, run
 from tests.triton_worker import assembled, interpreted
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 S0 = sympy.Symbol("s0", integer=True, nonnegative=True)
 
 
@@ -40,26 +43,113 @@ def test_depths_that_are_no_whole_block(name: str, rows: int, k: int, n: int) ->
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int4_g32_symmetric", "mxfp4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int4_g32_symmetric", "mxfp4", "nf4"])
 @pytest.mark.parametrize("rows", [2, 17])
-def test_bfloat16(name: str, rows: int) -> None:
-    check(rows, 512, 24, name, BF16)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_16_bits(name: str, rows: int, dtype: torch.dtype) -> None:
+    check(rows, 512, 24, name, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int4_symmetric", "nf4", "mxfp4"])
+def test_operands_may_be_large_or_small(name: str) -> None:
+    form = parse_format(name)
+    for size in (1e-9, 1e9):
+        buffers, _ = packed_buffers(1, 256, 8, form, BF16)
+        x, codes, scale, *zero, bias, out = buffers
+        x *= size
+        bias.zero_()
+        run(packed_linear(1, 256, 8, form, BF16), buffers)
+        exact = products(x, Packed(codes, scale, *zero), form)
+        assert_no_worse(out, exact.to(BF16), exact)
+
+
+PERMUTE = """\
+import triton
+import triton.language as tl
+import llmcomp.codegen.triton_codes as codes
+
+
+@triton.jit
+def permute(a_ptr, b_ptr, selector_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, codes.permute(tl.load(a_ptr + i), tl.load(b_ptr + i), tl.load(selector_ptr + i)))
+"""
+
+
+@interpreted
+def test_bytes_are_permuted_as_the_instruction_does_it() -> None:
+    a, b = torch.randint(-(2**31), 2**31, (2, 512)).int()
+    selector, found = torch.randint(0, 2**16, (512,)).int(), torch.zeros(512, dtype=torch.int32)
+    load(Source("permute", "triton", PERMUTE)).permute[(1,)](a, b, selector, found, 512)
+    for i, (one, two, nibbles) in enumerate(zip(a.tolist(), b.tolist(), selector.tolist(), strict=True)):
+        eight = (one & 0xFFFFFFFF | (two & 0xFFFFFFFF) << 32).to_bytes(8, "little")
+        for j in range(4):
+            nibble = nibbles >> 4 * j & 15
+            byte = eight[nibble & 7]
+            assert found[i] >> 8 * j & 255 == (byte if nibble < 8 else 255 * (byte >> 7))
 
 
 @assembled
-@pytest.mark.parametrize(
-    "name,capability",  # sm_80 has no float8
-    [("int8", 80), ("int4", 80), ("fp8", 90), ("int4_g32_symmetric", 90), ("nf4", 90), ("mxfp4", 90)],
-)
-def test_decode_streams_codes_in_loads_of_16_bytes(name: str, capability: int) -> None:
+def test_bytes_are_permuted_by_one_instruction() -> None:
+    function = load(Source("permute", "triton", PERMUTE)).permute
+    signature = {"a_ptr": "*i32", "b_ptr": "*i32", "selector_ptr": "*i32", "out_ptr": "*i32", "N": "constexpr"}
+    assert assemble(function, signature, {"N": 128}, 90, {"num_warps": 4}).instructions["PRMT"] == 1
+
+
+def test_codes_of_nf4_stand_for_its_numbers() -> None:
+    from llmcomp.codegen.triton_codes import NF4_CODES, NF4_STEP, NF4_ZERO
+
+    numbers = [(code - NF4_ZERO.value) * NF4_STEP.value for code in NF4_CODES]
+    assert max(abs(a - b) for a, b in zip(numbers, NF4_TABLE, strict=True)) < 3.2e-5
+    assert all(a >> 7 & 1 == b >> 7 & 1 for a, b in zip(NF4_CODES[:8], NF4_CODES[8:], strict=True))
+
+
+DEEP = 16384  # so that the depth is walked in a loop
+# Instructions of a thread for each weight in the loop of a decode kernel. At the memory's pace a H200 has time for 4.0
+# for each weight of 4 bits and 7.8 for each of 8.
+COUNTS = [
+    ("int4", 90, 3.3), ("int4", 80, 3.4), ("int4_g64", 90, 3.6), ("int4_g32_symmetric", 90, 3.5), ("nf4", 90, 6.9),
+    ("mxfp4", 90, 5.0), ("int8", 90, 4.6), ("int8", 80, 4.8), ("int8_g32", 90, 4.8), ("fp8", 90, 4.9), ("fp8", 80, 5.0),
+]  # fmt: skip
+
+
+@assembled
+@pytest.mark.parametrize("name,capability,most", COUNTS)
+def test_decode_takes_few_instructions_for_a_weight(name: str, capability: int, most: float) -> None:
     form = parse_format(name)
-    (one,) = assemblies(packed_linear(1, 2048, 2048, form, BF16), (), capability)
-    assert one.widest_load == 16
+    kernel = packed_linear(1, DEEP, 2048, form, BF16)
+    (one,) = assemblies(kernel, (), capability)
+    config = load(render(kernel)).default(())
+    weights = config["BLOCK_N"] * config["BLOCK_K"] * (8 if form.bits == 4 else 1) / (32 * config.warps)
+    assert weights in (128, 256), "of a thread in a step"
+    assert one.loop.total() / weights <= most
+    assert one.narrowest_streamed_load == 16
+    slow = sum(n for op, n in one.loop.items() if op.startswith("I2F."))
+    assert slow <= weights / 32, "conversions run at a quarter of the pace of others: only those of zero points"
     assert one.tensor_core_instructions == 0
 
 
 @assembled
-@pytest.mark.parametrize("name,capability", [("int8", 80), ("fp8", 90), ("int4", 90)])
-def test_prefill_multiplies_on_tensor_cores(name: str, capability: int) -> None:
-    (one,) = assemblies(packed_linear(S0, 2048, 2048, parse_format(name), BF16), (512,), capability)
-    assert one.tensor_core_instructions > 0
+@pytest.mark.parametrize(
+    "name,rows,k,n,capability",
+    [("int4", 4, 4096, 4096, 90), ("int4", 2, 896, 128, 80), ("nf4", 4, 2048, 512, 80), ("mxfp4", 1, 2048, 512, 80),
+     ("int8", 4, 4096, 4096, 80), ("int8_g64", 1, 896, 128, 90), ("fp8", 4, 2048, 512, 90)],
+)  # fmt: skip
+def test_decode_streams_codes_in_loads_of_16_bytes(name: str, rows: int, k: int, n: int, capability: int) -> None:
+    (one,) = assemblies(packed_linear(rows, k, n, parse_format(name), BF16), (), capability)
+    assert one.narrowest_streamed_load == 16
+    assert one.tensor_core_instructions == 0
+
+
+@assembled
+@pytest.mark.parametrize(
+    "name,dtype",
+    [("int4", BF16), ("int4", F16), ("int4_g32_symmetric", BF16), ("nf4", F16), ("mxfp4", BF16), ("int8_g32", F16),
+     ("fp8", BF16)],
+)  # fmt: skip
+def test_prefill_multiplies_on_tensor_cores(name: str, dtype: torch.dtype) -> None:
+    for capability, wanted in ((80, "HMMA"), (90, "HGMMA")):
+        (one,) = assemblies(packed_linear(S0, 2048, 2048, parse_format(name), dtype), (512,), capability)
+        assert any(op.startswith(wanted) for op in one.instructions)
+        assert one.widest_load == 16

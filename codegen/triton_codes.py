@@ -1,0 +1,293 @@
+"""Device functions of generated Triton kernels that multiply by the codes of weights, few instructions for each.
+
+A word of 32 bits holds 8 codes of 4 bits, or 4 bytes. A code that is cut out in its place is, read as a float32, a
+denormal number: code * 2**(place - 149). A GPU multiplies those as fast as others and without an error, so no integer
+is converted: the operand is multiplied by 2**(149 - place) before, and all sums of products are in units of 2**-74,
+half of it, so that neither operands (up to 2**53) nor products (from 2**-52 on) leave the range of float32.
+
+    integers    code                                      cut out with a mask
+    e2m1        the float4 of mxfp4                       shifted so that its exponent is the float32's own
+    nf4         an integer that stands for the number     looked up: PRMT has 8 bytes to choose from
+    bytes       code + 128                                cut out with a mask; 128 is subtracted
+    float8      itself                                    shifted so that its exponent is the float32's own
+
+Imported by generated files only: this module needs triton.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llmcomp.codegen.triton_prelude import device, float8_bits, nf4
+
+PORTABLE = tl.constexpr(triton.knobs.runtime.interpret or torch.version.hip is not None)
+UNIT = tl.constexpr(2.0**74)
+"""What sums of products are multiplied by in the end."""
+NF4_STEP = tl.constexpr(1 / 15130.933298559172)
+"""The numbers of NF4 are (code of NF4_CODES - NF4_ZERO) * NF4_STEP, with errors of 1.3e-5 (root mean square).
+
+Step and zero were searched for: bits 7 of the codes c and c + 8 are equal, which saves instructions in `nf4_codes`.
+"""
+NF4_ZERO = tl.constexpr(16134.0)
+NF4_CODES = (
+    1003,
+    5600,
+    8189,
+    10159,
+    11830,
+    13338,
+    14756,
+    16134,
+    17338,
+    18569,
+    19858,
+    21247,
+    22802,
+    24647,
+    27073,
+    31265,
+)
+
+
+def _bytes(codes: tuple[int, ...], shift: int) -> int:
+    return int.from_bytes(bytes((c >> shift) & 255 for c in codes), "little", signed=True)
+
+
+NF4_LOW = tl.constexpr(tuple(_bytes(NF4_CODES[i : i + 4], 0) for i in range(0, 16, 4)))
+NF4_HIGH = tl.constexpr(tuple(_bytes(NF4_CODES[i : i + 4], 8) for i in range(0, 16, 4)))
+
+
+@device
+def quarters(x: tl.tensor) -> tl.tensor:
+    """Operands [M, 16 * Q] as four tiles [M, Q, 4], of which tile j is multiplied by byte j of words [1, N, Q, 4]."""
+    pairs = tl.reshape(x, [x.shape[0], x.shape[1] // 16, 4, 2, 2])
+    even, odd = tl.split(pairs)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@device
+def add_sums(sums: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """`sums` [M, 1, Q] and those of the operands of each Q, in units of the products."""
+    return sums + (tl.sum((x0 + x1) + (x2 + x3), axis=2) * 2.0**-74)[:, None, :]
+
+
+@device
+def _times(x: tl.tensor, number: tl.tensor, power: tl.constexpr) -> tl.tensor:
+    """[M, Q, 4] times the float32 whose bits are [1, N, Q, 4], times 2**power."""
+    return (x * 2.0**power)[:, None, :, :] * number.to(tl.float32, bitcast=True)
+
+
+@device
+def add_integers(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, half: tl.constexpr
+) -> tl.tensor:
+    """`part` [M, N, Q, 4] and the products with the codes of a half of each byte; a float32 has room up to bit 22."""
+    late = words >> 12
+    if half == 0:
+        part += _times(x0, words & 0xF, 75)
+        part += _times(x1, words & 0xF00, 67)
+        part += _times(x2, words & 0xF0000, 59)
+        part += _times(x3, late & 0xF000, 63)
+    else:
+        part += _times(x0, words & 0xF0, 71)
+        part += _times(x1, words & 0xF000, 63)
+        part += _times(x2, late & 0xF00, 67)
+        part += _times(x3, late & 0xF0000, 59)
+    return part
+
+
+@device
+def _e2m1(words: tl.tensor, place: tl.constexpr) -> tl.tensor:
+    """The bits of a float32, 2**-126 times the float4 at bits `place`: the sign comes along as the highest bit."""
+    return ((words << (28 - place)) >> 6) & -0x7E400000
+
+
+@device
+def _byte(words: tl.tensor, place: tl.constexpr) -> tl.tensor:
+    """Bytes at bits `place` (0 or 8) as denormal numbers, less 128."""
+    return (words & (0xFF << place)).to(tl.float32, bitcast=True) - 2.0 ** (place - 142)
+
+
+@device
+def add_bytes(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor
+) -> tl.tensor:
+    """`part` [M, N, Q, 4] and the products with signed bytes.
+
+    Adding 128 makes bytes positive. That is taken away before they are multiplied: the scale of a row of zeros is 1,
+    and what is left of 128 minus 128 times the operands would show.
+    """
+    words = words ^ -0x7F7F7F80
+    late = words >> 16
+    part += (x0 * 2.0**75)[:, None, :, :] * _byte(words, 0)
+    part += (x1 * 2.0**67)[:, None, :, :] * _byte(words, 8)
+    part += (x2 * 2.0**75)[:, None, :, :] * _byte(late, 0)
+    part += (x3 * 2.0**67)[:, None, :, :] * _byte(late, 8)
+    return part
+
+
+@device
+def add_float8(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor
+) -> tl.tensor:
+    """`part` [M, N, Q, 4] and the products with floats e4m3 of 8 bits."""
+    part += _times(x0, float8_bits(words << 24), 46)
+    part += _times(x1, float8_bits(words << 16), 46)
+    part += _times(x2, float8_bits(words << 8), 46)
+    part += _times(x3, float8_bits(words), 46)
+    return part
+
+
+@device
+def add_e2m1(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, half: tl.constexpr
+) -> tl.tensor:
+    """As `add_integers`, with floats of 4 bits."""
+    part += _times(x0, _e2m1(words, 4 * half), 52)
+    part += _times(x1, _e2m1(words, 4 * half + 8), 52)
+    part += _times(x2, _e2m1(words, 4 * half + 16), 52)
+    part += _times(x3, _e2m1(words, 4 * half + 24), 52)
+    return part
+
+
+@device
+def permute(a: tl.tensor, b: tl.tensor, selector: tl.tensor) -> tl.tensor:
+    """PRMT: four bytes of the eight of `a` and `b` (int32); each of the low four nibbles of `selector` picks one.
+
+    A nibble above 7 picks byte (nibble - 8) and repeats its highest bit eight times.
+    """
+    if PORTABLE:
+        result = tl.zeros_like(selector)
+        for i in tl.static_range(4):
+            nibble = selector >> (4 * i)
+            chosen = tl.where((nibble & 4) != 0, b, a) >> (8 * (nibble & 3)) & 255
+            chosen = tl.where((nibble & 8) != 0, (chosen >> 7) * 255, chosen)
+            result |= chosen << (8 * i)
+        return result
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@device
+def _choose(words: tl.tensor, low: tl.constexpr, high: tl.constexpr) -> tl.tensor:
+    return permute(tl.full(words.shape, low, tl.int32), tl.full(words.shape, high, tl.int32), words)
+
+
+@device
+def _nf4_low(words: tl.tensor) -> tl.tensor:
+    """The low bytes of NF4_CODES for the codes at bits 0, 4, 8 and 12."""
+    of_low = _choose(words & 0x77777777, NF4_LOW[0], NF4_LOW[1])
+    of_high = _choose(words & 0x77777777, NF4_LOW[2], NF4_LOW[3])
+    is_high = permute(tl.full(words.shape, -0x7F7F7F80, tl.int32), tl.full(words.shape, -0x7F7F7F80, tl.int32), words)
+    return of_low ^ ((of_low ^ of_high) & is_high)
+
+
+@device
+def _small(words: tl.tensor, table: tl.constexpr) -> tl.tensor:
+    """The bytes of a table for the codes at bits 0, 4, 8 and 12; all are below 128, so a nibble above 7 finds 0."""
+    return _choose(words, table[0], table[1]) | _choose(words ^ -0x77777778, table[2], table[3])
+
+
+@device
+def _pair(low: tl.tensor, high: tl.tensor, number: tl.constexpr) -> tl.tensor:
+    """Byte `number` of `low` and that of `high` above it."""
+    return permute(low, high, tl.full(low.shape, 0xCC40 + 0x1111 * number, tl.int32))
+
+
+@device
+def add_nf4(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, half: tl.constexpr
+) -> tl.tensor:
+    """As `add_integers`, for NF4_CODES."""
+    low, high = _nf4_low(words), _small(words, NF4_HIGH)
+    part += _times(x0, _pair(low, high, half), 75)
+    part += _times(x1, _pair(low, high, half + 2), 75)
+    low, high = _nf4_low(words >> 16), _small(words >> 16, NF4_HIGH)
+    part += _times(x2, _pair(low, high, half), 75)
+    part += _times(x3, _pair(low, high, half + 2), 75)
+    return part
+
+
+@device
+def add_exact_nf4(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, half: tl.constexpr
+) -> tl.tensor:
+    """As `add_e2m1`, with the very numbers of NF4, chosen bit by bit, for operands in float32."""
+    part += (x0 * 2.0**-74)[:, None, :, :] * nf4((words >> (4 * half)) & 15)
+    part += (x1 * 2.0**-74)[:, None, :, :] * nf4((words >> (4 * half + 8)) & 15)
+    part += (x2 * 2.0**-74)[:, None, :, :] * nf4((words >> (4 * half + 16)) & 15)
+    part += (x3 * 2.0**-74)[:, None, :, :] * nf4((words >> (4 * half + 24)) & 15)
+    return part
+
+
+# ---- codes of words [W, N] spread out along the depth, as float32 numbers [4 * W, N] --------------------
+
+
+@device
+def _spread(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor) -> tl.tensor:
+    """Row 4 * w + j is row w of tile j."""
+    tiles = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    return tl.reshape(tl.permute(tiles, [0, 2, 3, 1]), [4 * c0.shape[0], c0.shape[1]])
+
+
+@device
+def _scaled(numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, shifted: tl.constexpr) -> tl.tensor:
+    """(numbers - zero) * scale, where `scale` and `zero` [S, N] are those of 4 * W / S neighbours."""
+    runs = tl.reshape(numbers, [scale.shape[0], numbers.shape[0] // scale.shape[0], numbers.shape[1]])
+    if shifted:
+        runs = runs - (tl.zeros_like(scale) + zero)[:, None, :]
+    return tl.reshape(runs * scale[:, None, :], numbers.shape)
+
+
+@device
+def _as_float(code: tl.tensor) -> tl.tensor:
+    """2**23 and an integer below it, as float32: its mantissa is the integer."""
+    return (code | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@device
+def spread_integers(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """(codes - zero) * scale."""
+    c0 = _as_float((words >> (4 * half)) & 15)
+    c1 = _as_float((words >> (4 * half + 8)) & 15)
+    c2 = _as_float((words >> (4 * half + 16)) & 15)
+    c3 = _as_float((words >> (4 * half + 24)) & 15)
+    return _scaled(_spread(c0, c1, c2, c3), scale, zero + 8388608.0, True)
+
+
+@device
+def spread_e2m1(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Floats of 4 bits times scale; they have no `zero`."""
+    c0 = _e2m1(words, 4 * half)
+    c1 = _e2m1(words, 4 * half + 8)
+    c2 = _e2m1(words, 4 * half + 16)
+    c3 = _e2m1(words, 4 * half + 24)
+    return _scaled(_spread(c0, c1, c2, c3).to(tl.float32, bitcast=True) * 2.0**126, scale, zero, False)
+
+
+@device
+def spread_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """(NF4_CODES - zero) * scale, in steps of NF4_STEP."""
+    low = _nf4_low(words)
+    high = _small(words, NF4_HIGH)
+    c0 = _as_float(_pair(low, high, half))
+    c1 = _as_float(_pair(low, high, half + 2))
+    low = _nf4_low(words >> 16)
+    high = _small(words >> 16, NF4_HIGH)
+    c2 = _as_float(_pair(low, high, half))
+    c3 = _as_float(_pair(low, high, half + 2))
+    return _scaled(_spread(c0, c1, c2, c3), scale * NF4_STEP, zero + 8388608.0, True)
+
+
+@device
+def spread_exact_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """The very numbers of NF4, times scale."""
+    c0 = (words >> (4 * half)) & 15
+    c1 = (words >> (4 * half + 8)) & 15
+    c2 = (words >> (4 * half + 16)) & 15
+    c3 = (words >> (4 * half + 24)) & 15
+    return _scaled(nf4(_spread(c0, c1, c2, c3)), scale, zero, False)
