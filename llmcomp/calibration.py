@@ -1,24 +1,28 @@
-"""`llmcomp.calibrate`: quantize a transformers decoder by GPTQ, on data, one layer after the other.
+"""`llmcomp.calibrate`: quantize a transformers decoder on data, one layer after the other.
 
-    batches = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
-    llmcomp.calibrate(model, batches, "int4")
+    batches = [tokenizer(text, return_tensors="pt") for text in texts]
+    llmcomp.calibrate(model, batches, "int4", method="awq", checkpoint="half_done")
 
-    how each layer is called, for every batch, and the inputs of the first
-    for each layer:  second moments of the inputs of its matrices -> their codes -> inputs of the next layer
+    for each layer:  scales that can be folded away -> moments of the inputs of its matrices -> the scales -> the codes
+                     -> inputs of the next layer
 
-Each layer is calibrated on what the quantized layers before it give. In memory are the inputs of one layer, the masks
-and positions that each is given, and the moments of the matrices of one.
+`llmcomp/calibration_method.py` lists the methods. Each layer is calibrated on what the quantized layers before it give.
 """
 
-from collections.abc import Mapping
-from functools import partial
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from llmcomp.calibration_checkpoint import Checkpoint, Finished, fingerprint
+from llmcomp.calibration_method import Method
+from llmcomp.find_folds import Folds, find_folds
+from llmcomp.folding import fold
 from llmcomp.formats import Format
-from llmcomp.gptq import gptq
 from llmcomp.layerwise import Step, layerwise
+from llmcomp.moments import Moments, moments_of
 from llmcomp.quantization import (
     Quantization,
     Row,
@@ -35,32 +39,65 @@ from llmcomp.quantized import QuantizedTensor
 from llmcomp.token_batches import Batches
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches, spec: Spec, damping: float = 0.01) -> Quantization:
-    """Quantize weights of `model` in place, those of its decoder layers by GPTQ; the rest as `quantize_` does.
+@dataclass(frozen=True)
+class Calibration(Quantization):
+    """What `calibrate` did, weight by weight; `unscaled` says of which no inputs were scaled, and why."""
 
-    `batches` are token ids (batch, length); a few dozen of some hundred tokens do. `spec` is as for `quantize_`.
+    unscaled: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *(f"{name:40} not scaled: {why}" for name, why in self.unscaled.items())])
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Batches,
+    spec: Spec,
+    method: str = "gptq",
+    *,
+    damping: float = 0.01,
+    alpha: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Calibration:
+    """Quantize weights of `model` in place, those of its decoder layers by `method`; the rest as `quantize_` does.
+
+    `batches` are token ids (batch, length), or mappings with input_ids and maybe attention_mask, whose zeros do not
+    count; a few dozen of some hundred tokens do. `spec` is as for `quantize_`. `method` is "gptq", "awq", "smoothquant"
+    (for dynamic formats), "awq+gptq" or "smoothquant+gptq". `damping`, a part of its mean, is added to the diagonal of
+    GPTQ's moments; `alpha` is how much of the range of activations SmoothQuant moves into weights, None: searched for.
     Weights that saw no data (experts that no token reached) are rounded.
 
+    With a folder as `checkpoint`, finished layers are written there, and a call with the same model, spec, method and
+    data goes on from them, to the same result.
+
     Raises:
-        OptionError, FormatError: as `quantize_`; FormatError also where there is no data or no decoder layers are
-            found. The model is then as it was.
+        OptionError: as `quantize_`; the method does not exist or does nothing for the formats; the folder holds another
+            calibration. The model is then as it was.
+        FormatError: as `quantize_`; there is no data, or no decoder layers are found. The model is then as it was.
+            Moments that GPTQ can't invert; layers before are then quantized.
     """
+    model = getattr(model, "_orig_mod", model)
+    how = Method(method, damping, alpha)
     plan, holders = _checked_plan(model, spec)
+    how.check(plan.values())
     rows: list[Row] = []
+    unscaled: dict[str, str] = {}
     with layerwise(model, batches) as steps:
+        kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint(model, plan, how, steps.batches))
+        modules = {name: module for module, name in steps.names.items()}
         for step in steps:
-            formats = {m: plan[name] for m, name in step.linears.items() if name in plan}
-            formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
-            moments = _moments(step, formats)
-            for module, form in formats.items():
-                name = step.linears[module]
-                rows.append(_quantize(name, module, form, moments.get(module), damping))
-                for other in holders[name]:
-                    other.weight = module.weight
-    prepare_saving(model, {row.name: plan[row.name] for row in rows})
+            found = None if kept is None else kept.load(step.index, modules)
+            done = found or _calibrated(step, plan, how)
+            if kept is not None and found is None:
+                kept.save(step.index, done)
+            _place(done, modules, holders)
+            rows += done.rows
+            unscaled |= done.unscaled
+    placed = {holders[row.name] for row in rows}
+    prepare_saving(model, {name: form for name, form in plan.items() if holders[name] in placed})
     rest = quantize_(model, spec, lambda weight: not isinstance(weight, QuantizedTensor))
-    return Quantization((*rows, *rest.rows))
+    return Calibration((*rows, *rest.rows), unscaled)
 
 
 def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict[str, tuple[nn.Module, ...]]]:
@@ -78,26 +115,48 @@ def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict
     return plan, holders
 
 
-def _moments(step: Step, formats: Mapping[nn.Module, Format]) -> dict[nn.Module, Tensor]:
-    """The second moments of the inputs of the modules, over all calls of their layer."""
-    moments: dict[nn.Module, Tensor] = {}
+def _calibrated(step: Step, plan: Mapping[str, Format], method: Method) -> Finished:
+    """Scale the matrices of a layer and find their codes, which do not replace them yet."""
+    names = step.linears
+    formats = {m: plan[name] for m, name in names.items() if name in plan}
+    formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
+    wanted = method.scaled(formats)
+    folds = find_folds(step, wanted) if wanted else Folds((), {})
+    moments = moments_of(step, formats)
+    for found in folds.found:
+        read = next(moments[r] for r in found.readers if r in formats)
+        taken = fold(found, method.scales(found, formats, read))
+        moments |= {r: moments[r].divided(taken[found.channels]) for r in found.readers if r in moments}
+    changed = [module for found in folds.found for module in found.modules]
+    own = [(step.walk.names[m], m) for m in changed]
+    parameters: dict[str, Tensor] = {f"{n}.{key}": p for n, m in own for key, p in m.named_parameters(recurse=False)}
+    rows = []
+    for module, form in formats.items():
+        before = module.weight
+        assert isinstance(before, Tensor)
+        made = _quantized(module, before, form, moments.get(module), method)
+        parameters[f"{names[module]}.weight"] = made
+        rows.append(Row(names[module], tuple(made.shape), form, "", before.nbytes, made.nbytes))
+    return Finished(parameters, tuple(rows), {names[m]: why for m, why in folds.reasons.items()})
 
-    def watch(module: nn.Module, rows: Tensor) -> None:
-        moment = rows.float().t() @ rows.float()
-        moments[module] = moments[module] + moment if module in moments else moment
 
-    step.watch({module: partial(watch, module) for module in formats})
-    return moments
-
-
-def _quantize(name: str, module: nn.Module, form: Format, moment: Tensor | None, damping: float) -> Row:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+def _quantized(
+    module: nn.Module, weight: Tensor, form: Format, moments: Moments | None, method: Method
+) -> QuantizedTensor:
     transposed = is_conv(module)
-    if moment is None:
-        made = QuantizedTensor.quantize(weight, form, transposed)
-    else:
-        packed = gptq(weight.t() if transposed else weight, moment, form, damping)
-        made = QuantizedTensor(packed, form, weight.shape, weight.dtype, transposed)
-    module.weight = nn.Parameter(made, requires_grad=False)
-    return Row(name, tuple(made.shape), form, "", weight.nbytes, made.nbytes)
+    packed = method.codes(weight.t() if transposed else weight, form, moments)
+    return QuantizedTensor(packed, form, weight.shape, weight.dtype, transposed)
+
+
+def _place(done: Finished, modules: Mapping[str, nn.Module], holders: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Put what calibration made of a layer into the model."""
+    for name, value in done.parameters.items():
+        owner, _, key = name.rpartition(".")
+        if isinstance(value, QuantizedTensor):
+            parameter = nn.Parameter(value, requires_grad=False)
+            for holder in holders[owner]:
+                holder.weight = parameter
+        else:
+            own = modules[owner]._parameters[key]
+            assert own is not None
+            own.copy_(value)

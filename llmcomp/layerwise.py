@@ -81,8 +81,9 @@ class Walk:
         self.names = {module: name for name, module in model.named_modules()}
         self.layers = decoder_layers(model)
         self.title = title
+        self.batches = token_batches(model, batches)
         self._at = 0
-        self._calls, self._states = _captured(model, self.layers, token_batches(model, batches))
+        self._calls, self._states = _captured(model, self.layers, self.batches)
 
     def __len__(self) -> int:
         return len(self.layers)
