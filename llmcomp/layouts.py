@@ -85,7 +85,7 @@ def gptq(parts: Parts, shape: Sequence[int], zero_offset: int) -> Repacked:
     zeros = (zeros + zero_offset) & (2**bits - 1)
     codes = _codes(qweight.t(), bits)[:, :columns]
     order = _order(parts, "g_idx", scales.shape[0], columns)
-    return _held(parts.layer, codes, scales.t(), zeros.t(), bits, order)
+    return held(parts.layer, codes, scales.t(), zeros.t(), bits, order)
 
 
 def awq(parts: Parts, shape: Sequence[int]) -> Repacked:
@@ -99,7 +99,7 @@ def awq(parts: Parts, shape: Sequence[int]) -> Repacked:
     scales = parts.get("scales", (-1, rows), *SCALES)
     qzeros = parts.get("qzeros", (scales.shape[0], -(-rows // 8)), torch.int32)
     codes, zeros = (_awq_codes(words)[:, :rows].t() for words in (qweight, qzeros))
-    return _held(parts.layer, codes, scales.t(), zeros, 4)
+    return held(parts.layer, codes, scales.t(), zeros, 4)
 
 
 def packed(parts: Parts, shape: Sequence[int]) -> Repacked:
@@ -124,7 +124,7 @@ def packed(parts: Parts, shape: Sequence[int]) -> Repacked:
     else:
         zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
     order = _order(parts, "weight_g_idx", scales.shape[1], columns)
-    return _held(parts.layer, _codes(words, bits)[:, :columns], scales, zeros, bits, order)
+    return held(parts.layer, _codes(words, bits)[:, :columns], scales, zeros, bits, order)
 
 
 def plain(parts: Parts, shape: Sequence[int]) -> Repacked:
@@ -195,8 +195,12 @@ def _order(parts: Parts, name: str, groups: int, columns: int) -> Tensor | None:
     return torch.argsort(index.long(), stable=True)
 
 
-def _held(layer: str, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor | None = None) -> Repacked:
-    """Codes (N, K) with scales and zero points (N, groups) in the format that holds them."""
+def held(layer: str, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, order: Tensor | None = None) -> Repacked:
+    """Codes 0 .. 2^bits - 1 (N, K) with scales and zero points (N, groups) in the format that holds them.
+
+    Raises:
+        FormatError: none does; it names `layer`.
+    """
     columns, groups = codes.shape[1], scale.shape[1]
     if order is not None:
         codes = codes.index_select(1, order)

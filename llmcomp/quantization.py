@@ -19,6 +19,7 @@ from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.torchao_weights import is_torchao, repacked
 
 Choice = Format | str | None
 ROOT = "(the layer itself)"  # a layer that is the model has no name
@@ -91,7 +92,8 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
     patterns of module names (as in `fnmatch`, the first that matches counts) to formats, None to leave a weight alone;
     or a function of (name, module). With a single format of 4 bits the head (the layer that gives logits) becomes int8.
     Embeddings are quantized where a mapping or function names them, or where the head is tied to them: once, for both.
-    `only` narrows the weights down further. Quantized weights no longer require gradients.
+    `only` narrows the weights down further. Quantized weights no longer require gradients. Weights that torchao
+    quantized keep their values, in the format of ours that holds them.
 
     Raises:
         OptionError: an unknown format, or a pattern that no module matches.
@@ -114,6 +116,8 @@ def check_site(site: "Site", form: Format) -> None:
     Raises:
         FormatError: names the weight and says what is wrong with it.
     """
+    if is_torchao(site.weight):
+        return  # its values are kept
     try:
         check(site.weight.t() if site.transposed else site.weight, form)
     except FormatError as problem:
@@ -140,6 +144,8 @@ def _planned(
     planned: list[tuple[Site, Format | None, str]] = []
     for site in sites(model, tied):
         form, reason = choose(site)
+        if form is not None and is_torchao(site.weight):
+            form, reason = _of_torchao(site)
         if form is not None and isinstance(site.weight, QuantizedTensor):
             form, reason = None, f"it is {site.weight.format} already"
         if form is not None and (problem := _misfit(site, form)) is not None:
@@ -148,6 +154,14 @@ def _planned(
             form, reason = None, problem
         planned.append((site, form, reason))
     return planned
+
+
+def _of_torchao(site: Site) -> tuple[Format | None, str]:
+    """The format that keeps the values of a weight that torchao quantized, whatever was chosen."""
+    try:
+        return repacked(site.weight).format, ""
+    except FormatError as problem:
+        return None, f"it is torchao's {type(site.weight).__name__}: {problem}"
 
 
 def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
@@ -321,13 +335,25 @@ def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
             )
 
 
+def _bytes(weight: torch.Tensor) -> int:
+    """What a weight takes in memory, parts of a subclass counted."""
+    if not is_torchao(weight):
+        return weight.nbytes
+    return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+
+
 def _apply(site: Site, form: Format | None, reason: str) -> Row:
     if isinstance(site.weight, UninitializedParameter):
         return Row(site.name, (), None, reason, 0, 0)
-    before = site.weight.nbytes
+    before = _bytes(site.weight)
     if form is None:
         return Row(site.name, tuple(site.weight.shape), None, reason, before, before)
-    quantized = QuantizedTensor.quantize(site.weight, form, site.transposed)
+    if is_torchao(site.weight):
+        read = repacked(site.weight)
+        weight = site.weight
+        quantized = QuantizedTensor(read.packed, read.format, weight.shape, weight.dtype, False, read.order)
+    else:
+        quantized = QuantizedTensor.quantize(site.weight, form, site.transposed)
     parameter = nn.Parameter(quantized, requires_grad=False)
     for module in site.holders:
         module.weight = parameter
