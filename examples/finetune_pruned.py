@@ -4,7 +4,7 @@ python examples/finetune_pruned.py --prune 2:4 --steps 300
 python examples/finetune_pruned.py --prune channels --steps 300 --distill
 python examples/finetune_pruned.py --prune 2:4 --quantize int4_g32 --steps 300 --distill --hidden 1.0
 
-Trains with transformers' Trainer on the sources of CPython's standard library, the held-out files left aside; masks hold
+Trains with transformers' Trainer on the sources of CPython's standard library, without the held-out files; masks hold
 through its optimizer. Prints the perplexity on the text of examples/tiny_llama/heldout.txt: dense, pruned, trained.
 """
 

@@ -7,6 +7,8 @@ Read this file first, then passes/__init__.py and codegen/kernel.py.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,17 +20,21 @@ from llmcomp.capture import capture_graph
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.cuda_graph import GraphedProgram
 from llmcomp.options import Options, read_options
-from llmcomp.passes import pipeline
+from llmcomp.passes import pipeline, recognizing
 from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.cached_graph import CACHED
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN
+from llmcomp.passes.prune import prune
+from llmcomp.prepared import PreparedProgram, snapshot, split, weights_of
 from llmcomp.program import Executable, compile_program, usable
 from llmcomp.quantization import quantize_inputs
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.reuse import ReusingProgram
 from llmcomp.target import cpu, detect
+
+EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Compiled(torch.nn.Module):
@@ -70,15 +76,22 @@ def compile_model(
 
     def compile_graph(graph: GraphModule, fake_inputs: Sequence[Any]) -> Program:
         with compat.real_tensors():  # passes look at constants and evaluate small functions
-            program, report = compile_aten(graph, options)
+            program, report = compile_aten(graph, options, weights_of(graph, example_inputs))
         watch(report)
         return program
 
     return Compiled(capture_graph(gm, example_inputs, compile_graph))
 
 
-def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphReport]:
-    """Compile one captured ATen graph, rewriting `gm` in place."""
+def compile_aten(
+    gm: GraphModule, options: Options, weights: Mapping[str, torch.Tensor] = EMPTY
+) -> tuple[Program, GraphReport]:
+    """Compile one captured ATen graph, rewriting `gm` in place.
+
+    `weights` are the values of its parameters, by the names of the placeholders, where they hold zeros to be left out.
+    """
+    if weights and (pruned := compile_pruned(gm, options, weights)) is not None:
+        return pruned
     captured, start = len(gm.graph.nodes), time.perf_counter()
     target = usable(detect(options, devices(gm.graph)), options)
     lowerer = Lowerer()
@@ -108,6 +121,28 @@ def compile_aten(gm: GraphModule, options: Options) -> tuple[Program, GraphRepor
         )
     stages = (StageTime("passes", seconds), *program.report.stages)
     return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
+
+
+def compile_pruned(
+    gm: GraphModule, options: Options, weights: Mapping[str, torch.Tensor]
+) -> tuple[Program, GraphReport] | None:
+    """Compile a graph without the zeros of its weights; None where there is nothing to leave out."""
+    target = usable(detect(options, devices(gm.graph)), options)
+    if target.name == "reference":
+        return None
+    less, passes = snapshot(gm), (*recognizing(), prune(weights))
+    kept = verify.Stages(less) if options.verify else None
+    watch = kept.after_pass if kept is not None else lambda p, gm, result: None
+    results = run_passes(less, passes, frozenset({SHAPES}), bisect.gate(less, passes), watch)
+    pruning = tuple(result for result in results if result.name == "prune")
+    if not any(result.report.rewrites for result in pruning):
+        return None
+    dense, parts = snapshot(gm), split(less)
+    main, report = compile_aten(parts.main, options)
+    program: Program = PreparedProgram(main, parts, lambda: compile_cached(dense, options))
+    if kept is not None:
+        program = verify.VerifiedProgram(program, kept.stages)
+    return program, replace(report, passes=(*pruning, *report.passes))
 
 
 def graphed(program: Executable, kind: object, options: Options) -> Program:

@@ -14,7 +14,7 @@ others launch.
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from llmcomp import backend, compat
 from llmcomp.capture import capture_graph
 from llmcomp.cuda_graph import GraphedProgram, GraphedStep, movable
 from llmcomp.options import Options
+from llmcomp.prepared import weights_of
 from llmcomp.program import Executable
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -47,9 +48,11 @@ _calls: ContextVar[list[Call] | None] = ContextVar("llmcomp_calls", default=None
 def recording(options: Options) -> Callable[..., torch.nn.Module]:
     """The backend with `options`, whose programs note their calls where a Replay listens."""
 
-    def compile_graph(gm: GraphModule, fake_inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+    def compile_graph(
+        given: Sequence[Any], gm: GraphModule, fake_inputs: Sequence[Any]
+    ) -> Callable[..., tuple[Any, ...]]:
         with compat.real_tensors():
-            program, _ = backend.compile_aten(gm, options)
+            program, _ = backend.compile_aten(gm, options, weights_of(gm, given))
 
         def run(*inputs: Any) -> tuple[Any, ...]:
             outputs = program(*inputs)
@@ -61,7 +64,7 @@ def recording(options: Options) -> Callable[..., torch.nn.Module]:
         return run
 
     def compile_recording(gm: GraphModule, inputs: Sequence[Any]) -> torch.nn.Module:
-        return backend.Compiled(capture_graph(gm, inputs, compile_graph))
+        return backend.Compiled(capture_graph(gm, inputs, partial(compile_graph, inputs)))
 
     return compile_recording
 

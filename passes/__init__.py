@@ -34,16 +34,7 @@ def pipeline(target: Target, fits: Fits, kv_dtype: torch.dtype | None = None) ->
     """
     library = _left_to_library(target)
     return (
-        RECOGNIZE_CACHE,  # index_copy and copy_ of static caches -> cache_write_, in place
-        RECOGNIZE_LINEAR,  # linear, addmm and mm of views -> llmcomp.linear
-        RECOGNIZE_EXPERTS,  # grouped products of experts -> grouped_linear
-        CANONICALIZE,  # one spelling per operator, no-ops gone
-        SHARE,  # what is computed twice is computed once
-        RECOGNIZE_NORM,  # chains of mean, rsqrt and mul -> rms_norm, layer_norm
-        RECOGNIZE_ROPE,  # rotations of pairs of channels -> rope
-        RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
-        RECOGNIZE_GATED,  # act(gate) * up -> gated
-        RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
+        *recognizing(),
         QUANTIZE,  # linear layers read quantized weights as they are stored
         *([quantize_cache(kv_dtype)] if kv_dtype else []),  # keys and values that are returned -> codes and scales
         INSERT_KV_CACHE,  # a proof that only new positions need computing, for llmcomp/reuse.py
@@ -54,6 +45,22 @@ def pipeline(target: Target, fits: Fits, kv_dtype: torch.dtype | None = None) ->
         fuse_epilogue(fits),  # bias, residual, activation, rotary embedding, cache write
         fuse_prologue(fits, rows, most_rows=16),  # the norm before a linear layer
         partition(fits),  # every remaining node belongs to one kernel, or to an eager call
+    )
+
+
+def recognizing() -> tuple[Pass, ...]:
+    """The passes that give what a graph computes its name."""
+    return (
+        RECOGNIZE_CACHE,  # index_copy and copy_ of static caches -> cache_write_, in place
+        RECOGNIZE_LINEAR,  # linear, addmm and mm of views -> llmcomp.linear
+        RECOGNIZE_EXPERTS,  # grouped products of experts -> grouped_linear
+        CANONICALIZE,  # one spelling per operator, no-ops gone
+        SHARE,  # what is computed twice is computed once
+        RECOGNIZE_NORM,  # chains of mean, rsqrt and mul -> rms_norm, layer_norm
+        RECOGNIZE_ROPE,  # rotations of pairs of channels -> rope
+        RECOGNIZE_ACTIVATION,  # written-out activations -> one operator
+        RECOGNIZE_GATED,  # act(gate) * up -> gated
+        RECOGNIZE_ATTENTION,  # softmax(q k) v in all its forms -> attention
     )
 
 

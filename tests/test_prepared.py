@@ -1,0 +1,165 @@
+"""llmcomp/prepared.py: compiled without zeros, and right when weights change."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.utils.prune as torch_prune
+from torch import Tensor, nn
+
+import llmcomp
+from llmcomp.backend import llmcomp as backend
+from llmcomp.capture import capture
+from llmcomp.prepared import STORE, PreparedProgram, weights_of
+from llmcomp.report import GraphReport
+from tests.numerics import assert_equal_float32
+from tests.quantizable import IDS, llama, logits
+from tests.zeros import Mlp, drop
+
+X = torch.randn(2, 32)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pruned_mlp() -> Mlp:
+    model = Mlp()
+    drop(model, slice(0, 32))
+    return model
+
+
+def bytes_read(model: nn.Module, *inputs: Tensor) -> int:
+    with torch.no_grad():
+        graphs = llmcomp.explain(model, *inputs).graphs
+    return sum(k.weight_bytes for k in graphs[0].program.kernels)
+
+
+def check(compiled: nn.Module, model: nn.Module) -> None:
+    with torch.no_grad():
+        assert_equal_float32(compiled(X), model(X))
+
+
+def test_fewer_bytes_are_read() -> None:
+    dense, model = Mlp(), pruned_mlp()
+    assert bytes_read(model, X) * 2 == bytes_read(dense, X)
+    explained = str(llmcomp.explain(model.requires_grad_(False), X))
+    assert "prune" in explained
+
+
+def test_compiled_decoder_equals_eager(graphs: list[GraphReport]) -> None:
+    model = llama(spread=0.1)
+    llmcomp.prune_(model, llmcomp.Structured(heads=0.5, channels=0.25))
+    llmcomp.prune_(model, llmcomp.Structured(layers=1))
+    eager = logits(model)
+    with torch.no_grad():
+        tokens = model.generate(IDS, max_new_tokens=6, do_sample=False)
+        assert torch.equal(llmcomp.generate(model, IDS, max_new_tokens=6, do_sample=False), tokens)
+        model.forward = torch.compile(model.forward, backend="llmcomp")
+        assert_equal_float32(logits(model), eager)
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), tokens)
+    assert any(r.name == "prune" and r.report.rewrites for g in graphs for r in g.passes)
+
+
+def test_verify_goes_with_it() -> None:
+    model = pruned_mlp()
+    check(torch.compile(model, backend="llmcomp", options={"verify": True}), model)
+
+
+def test_weights_that_change_are_noticed(graphs: list[GraphReport]) -> None:
+    model = pruned_mlp()
+    compiled = torch.compile(model, backend="llmcomp")
+    check(compiled, model)
+    for change in (
+        lambda: model.up.weight[40:].mul_(2),  # elsewhere: made again
+        lambda: (model.up.weight[:8].add_(1), model.gate.weight[:8].add_(1)),  # columns of down still hide them
+        lambda: model.down.weight[:, :8].add_(1),  # where zeros were relied on
+        lambda: drop(model, slice(0, 32)),
+    ):
+        with torch.no_grad():
+            change()
+        for _ in range(2):
+            check(compiled, model)
+    assert len(graphs) >= 1
+
+
+def test_weights_that_change_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    original = PreparedProgram._made
+    monkeypatch.setattr(PreparedProgram, "_made", lambda *args: made.append(1) or original(*args))
+    model = pruned_mlp()
+    compiled = torch.compile(model, backend="llmcomp")
+    for _ in range(6):
+        with torch.no_grad():
+            model.up.weight[40:].mul_(1.5)
+        check(compiled, model)
+    assert made
+
+
+def test_models_of_one_shape_share_a_program_and_not_their_zeros() -> None:
+    sparse, dense = pruned_mlp(), Mlp()
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        other.up.weight[32:].mul_(3)
+    call = torch.compile(lambda model, x: model(x), backend="llmcomp")
+    with torch.no_grad():
+        for model in (sparse, dense, other, sparse, dense):
+            assert_equal_float32(call(model, X), model(X))
+
+
+def test_programs_share_what_they_prepare_and_keep_no_model() -> None:
+    model = llama()
+    llmcomp.prune_(model, llmcomp.Structured(channels=0.5))
+    with torch.no_grad():
+        model.forward = torch.compile(model.forward, backend="llmcomp")
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert len(weight.__dict__[STORE]) == 1  # one for the prompt and for the steps
+    alive = weakref.ref(weight)
+    del model, weight
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None
+
+
+def test_torch_prune(graphs: list[GraphReport]) -> None:
+    model = Mlp()
+    for layer in (model.gate, model.up, model.down):
+        torch_prune.l1_unstructured(layer, "weight", 0.5)
+    compiled = torch.compile(model, backend="llmcomp")
+    check(compiled, model)
+    assert not any("mul" in n for k in graphs[0].program.kernels for n in k.nodes if "weight" in n)
+    assert sum(r.report.rewrites for g in graphs for r in g.passes if r.name == "prune") == 3
+    with torch.no_grad():
+        model.up.weight_mask.copy_(1 - model.up.weight_mask)
+    check(compiled, model)
+
+
+def test_training_gives_the_gradients_of_eager() -> None:
+    model = llama().train()
+    llmcomp.prune_(model, "2:4")
+    model(IDS, labels=IDS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.compile(model, backend="llmcomp")(IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert bool((weight.grad[weight == 0] == 0).all())
+
+
+def test_dense_models_are_not_looked_at_twice() -> None:
+    gm = capture(Mlp(), X)
+    gm.meta["kind"] = "inference"
+    assert weights_of(gm, gm.meta["inputs"]) == {}
+    gm = capture(pruned_mlp(), X)
+    gm.meta["kind"] = "inference"
+    assert len(weights_of(gm, gm.meta["inputs"])) == 3
+    assert weights_of(gm, gm.meta["inputs"][:-1]) == {} and callable(backend)
