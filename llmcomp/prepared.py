@@ -172,7 +172,7 @@ class _State:
     results: tuple[Tensor, ...] | None
     made: tuple[int, ...]
     """Versions of the results: graphs may return one (torch.nn.utils.prune does), and who gets it may write into it."""
-    calls: int = 0
+    calls: int = 1
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether nothing has changed."""
