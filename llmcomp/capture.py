@@ -8,12 +8,14 @@ A captured graph is flat: tensors and integers in, a tuple out. Every node has i
 `gm.meta["kind"]` is inference, forward or backward.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llmcomp import compat
 from llmcomp.errors import CaptureError
@@ -30,24 +32,50 @@ def capture_graph(gm: GraphModule, inputs: Sequence[Any], compile_graph: Compile
     """Capture the Dynamo graph `gm`, compile its ATen graphs with `compile_graph`, return what is called.
 
     `compile_graph(graph, fake_inputs)` is called once for inference. When gradients are needed it is called
-    for the forward graph, and for the backward graph during the first `backward()`.
+    for the forward graph, and for the backward graph during the first `backward()`. A graph that AOTAutograd can't
+    trace because of tensors of somebody else's class runs as it is, with a warning.
 
     Raises:
         CaptureError: an input has no memory that anyone can read.
     """
     for x in inputs:
         _refuse_unreadable(x)
-    trains = needs_grad(gm, inputs)
+    trains, traced = needs_grad(gm, inputs), False
+
+    def compile_traced(graph: GraphModule, fake_inputs: Sequence[Any]) -> GraphFunction:
+        nonlocal traced
+        traced = True
+        return compile_graph(graph, fake_inputs)
+
     if not trains:
         specialize_attributes(gm)
     with nullcontext() if trains else compat.keep_whole(KEPT_WHOLE):
-        return compat.aot_autograd(
-            gm,
-            inputs,
-            forward=_marking("forward", compile_graph),
-            backward=_marking("backward", compile_graph),
-            inference=_marking("inference", compile_graph),
-        )
+        try:
+            return compat.aot_autograd(
+                gm,
+                inputs,
+                forward=_marking("forward", compile_traced),
+                backward=_marking("backward", compile_graph),
+                inference=_marking("inference", compile_traced),
+            )
+        except Exception as error:
+            kind = _foreign(gm, inputs)
+            if traced or kind is None:
+                raise
+            warnings.warn(
+                f"expected tensors that AOTAutograd can trace, found {kind.__module__}.{kind.__qualname__}, for which "
+                f"it raises {type(error).__name__}: {error}. A graph that reads it runs in eager PyTorch; pass plain "
+                "tensors to have it compiled",
+                stacklevel=2,
+            )
+            return gm.forward
+
+
+def _foreign(gm: GraphModule, inputs: Sequence[Any]) -> type | None:
+    """The class of the first input or value of a graph that is made of other tensors by code that is not ours."""
+    values = (*inputs, *(n.meta.get("example_value") for n in gm.graph.nodes))
+    kinds = (type(x) for x in values if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x))
+    return next((kind for kind in kinds if kind.__module__.split(".")[0] != "llmcomp"), None)
 
 
 def _refuse_unreadable(x: Any) -> None:

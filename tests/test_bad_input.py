@@ -1,5 +1,6 @@
 """Unusual input and unlucky circumstances: right results, or an error that says what to do."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -120,6 +121,31 @@ def test_unusual_models(name, graphs):
     assert_close(got, expected)
     assert got.dtype == expected.dtype
     assert graphs or name in LEFT_TO_EAGER
+
+
+class Spelled(TwoTensor):
+    """A class that writes its sizes down as text, which those of a graph that is traced are not."""
+
+    def __tensor_flatten__(self):
+        return ["a", "b"], str(tuple(self.a.shape))
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, shape, strides):
+        assert ast.literal_eval(meta)
+        return Spelled(inner["a"], inner["b"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return Spelled(out.a, out.b) if type(out) is TwoTensor else out
+
+
+def test_a_class_that_cannot_be_traced_runs_as_it_is(graphs):
+    x = Spelled(DENSE, DENSE + 1)
+    compiled = torch.compile(lambda x: x * 2, backend="llmcomp", dynamic=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"Spelled.* ValueError.*runs in eager PyTorch"):
+        got = compiled(x)
+    assert not graphs and isinstance(got, Spelled) and torch.equal(got.b, x.b * 2)
 
 
 REFUSED = {

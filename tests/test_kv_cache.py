@@ -129,6 +129,19 @@ def test_encoder_and_decoder(graphs: list[GraphReport], way: str) -> None:
     assert graphs and torch.equal(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "package"), [("quanto", "optimum.quanto"), ("hqq", "hqq")])
+def test_quantized_caches_of_transformers(graphs: list[GraphReport], kind: str, package: str) -> None:
+    pytest.importorskip(package, reason=f"{package}, which holds the cache, is not installed")
+    eager, compiled = pair(lambda: LlamaForCausalLM(LlamaConfig(**TINY | {"head_dim": 16})))
+    settings = {"backend": kind, "nbits": 4, "q_group_size": 16, "residual_length": 4, "axis_key": 1, "axis_value": 1}
+    if kind == "quanto":
+        settings |= {"axis_key": 0, "axis_value": 0}
+    how = {**GREEDY, "cache_implementation": "quantized", "cache_config": settings}
+    ours, expected = (m.generate(tokens(2, 9), **how) for m in (compiled, eager))
+    assert graphs and torch.equal(ours, expected)
+
+
 def test_graphs_are_counted(graphs: list[GraphReport]) -> None:
     """A prompt and a step for the first call, the step at once for all lengths; then at most what is said here."""
     _, compiled = pair(llama)
