@@ -239,8 +239,11 @@ def assemble(
 
 
 def assemble_launch(launch: Launch, capability: int) -> Assembly:
-    """Compile what a launcher launches."""
-    return assemble(launch.function, launch.signature, launch.constants, capability, launch.options)
+    """Compile what a launcher launches; what its constants say of the GPU is made true of this one."""
+    constants = {**launch.constants}
+    if "FLOAT8" in constants:
+        constants["FLOAT8"] = capability >= 89
+    return assemble(launch.function, launch.signature, constants, capability, launch.options)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

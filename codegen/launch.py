@@ -63,6 +63,11 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether tensor cores of a GPU multiply float8 e4m3; taken for granted where there is none."""
+    return device.type != "cuda" or torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 # ---- Map ----------------------------------------------------------------------------------------------
 
 MAP = tuple(Config((("BLOCK", block),), warps) for block, warps in ((128, 1), (256, 2), (512, 4), (1024, 4), (2048, 8)))

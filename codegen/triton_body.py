@@ -39,7 +39,7 @@ RESERVED = frozenset(
     pair split splits channel value_channel first last whole part run begin end key key_start key_end peak
     peak_before shift probability decay total output sink q_block k_block v_block k_head v_head partial peaks
     totals scratch hidden k_scale v_scale k_scale_head v_scale_head
-    codes word quad half run sums x0 x1 x2 x3 HALF QUADS""".split()
+    codes word quad half run sums x0 x1 x2 x3 token_codes token_quotient HALF QUADS FLOAT8""".split()
 )
 
 Dims = frozenset[str]

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmcomp.codegen.triton_prelude import device, float8_bits, nf4
+from llmcomp.codegen.triton_prelude import INTERPRETED, device, div, dot, float8_bits, from_float8, nf4, to_float8
 
 PORTABLE = tl.constexpr(triton.knobs.runtime.interpret or torch.version.hip is not None)
 UNIT = tl.constexpr(2.0**74)
@@ -291,3 +291,104 @@ def spread_exact_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scal
     c2 = (words >> (4 * half + 16)) & 15
     c3 = (words >> (4 * half + 24)) & 15
     return _scaled(nf4(_spread(c0, c1, c2, c3)), scale, zero, False)
+
+
+# ---- operands that are quantized as well ----------------------------------------------------------------
+
+
+@device
+def quotient(x: tl.tensor, factor: tl.tensor, divisor: tl.tensor, inverse: tl.tensor) -> tl.tensor:
+    """x * factor / divisor, rounded as a division rounds it: the rest that a first guess leaves is divided too."""
+    x = x * factor
+    if INTERPRETED:  # its fma rounds twice
+        return div(x, divisor)
+    else:
+        guess = x * inverse
+        return tl.fma(tl.fma(-1.0 * guess, divisor, x), inverse, guess)
+
+
+@device
+def low_bytes_of(q: tl.tensor) -> tl.tensor:
+    """Numbers up to 127 in size, rounded to even, as the low bytes of int32: 1.5 * 2**23 has no fraction."""
+    return (q + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@device
+def bytes_of(q: tl.tensor) -> tl.tensor:
+    """Numbers up to 127 in size, rounded to even, as int8."""
+    return low_bytes_of(q).to(tl.int8)
+
+
+@device
+def rounded_to_bytes(q: tl.tensor) -> tl.tensor:
+    """Numbers up to 127 in size, rounded to even."""
+    return (q + 12582912.0) - 12582912.0
+
+
+@device
+def float8_of(q: tl.tensor, native: tl.constexpr) -> tl.tensor:
+    """Numbers up to 448 in size as the bits of floats e4m3."""
+    if native and not INTERPRETED:
+        return q.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return to_float8(q)
+
+
+@device
+def rounded_to_float8(q: tl.tensor, native: tl.constexpr) -> tl.tensor:
+    """Numbers up to 448 in size, rounded to floats e4m3."""
+    if native and not INTERPRETED:
+        return q.to(tl.float8e4nv).to(tl.float32)
+    else:
+        return from_float8(to_float8(q))
+
+
+@device
+def dot_bytes(x: tl.tensor, weight: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """acc + x @ weight, exact in int32."""
+    if INTERPRETED:
+        return acc + tl.dot(x.to(tl.float32), weight.to(tl.float32), input_precision="ieee").to(tl.int32)
+    else:
+        return tl.dot(x, weight, acc, out_dtype=tl.int32)
+
+
+@device
+def dot_float8(x: tl.tensor, weight: tl.tensor, acc: tl.tensor, native: tl.constexpr) -> tl.tensor:
+    """acc + x @ weight of the bits of floats e4m3, in float32; bfloat16 holds them where they are not `native`.
+
+    Tensor cores add up the products of a step with fewer bits than float32 has, the steps are added in float32.
+    """
+    if INTERPRETED:
+        return dot(from_float8(x), from_float8(weight), acc)
+    elif native:
+        x = x.to(tl.float8e4nv, bitcast=True)
+        return tl.dot(x, weight.to(tl.float8e4nv, bitcast=True), acc, max_num_imprecise_acc=x.shape[1])
+    else:
+        return tl.dot(from_float8(x).to(tl.bfloat16), from_float8(weight).to(tl.bfloat16), acc)
+
+
+@device
+def dot4(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+    """DP4A: acc + the products of the four signed bytes of `a` and of `b` (int32)."""
+    if PORTABLE:
+        for i in tl.static_range(4):
+            acc += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@device
+def words_of(x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """Words of the low bytes of four int32."""
+    return (x0 & 0xFF) | ((x1 & 0xFF) << 8) | ((x2 & 0xFF) << 16) | (x3 << 24)
+
+
+@device
+def add_dot4(
+    part: tl.tensor, words: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor
+) -> tl.tensor:
+    """`part` [M, N, Q, 4] (int32) and the products of bytes with bytes."""
+    return dot4(words_of(x0, x1, x2, x3)[:, None, :, :], words, part)

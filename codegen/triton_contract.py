@@ -50,6 +50,14 @@ from llmcomp.codegen.triton_body import (
     spell,
     statements,
 )
+from llmcomp.codegen.triton_dynamic import (
+    is_dynamic,
+    print_products,
+    print_quantized,
+    print_scaled_rows,
+    sums_integers,
+    with_token_scale,
+)
 from llmcomp.codegen.triton_expr import NARROW_FLOATS
 from llmcomp.codegen.triton_file import (
     LAUNCH,
@@ -95,7 +103,7 @@ LONG = frozenset("tanh sinh cosh asinh acosh atanh expm1 log1p pow erfc sin cos 
 
 def render_contract(kernel: Contract) -> str:
     """The Triton text of a Contract."""
-    kernel = replace(kernel, sections=distinct(kernel))
+    kernel = with_token_scale(replace(kernel, sections=distinct(kernel)))
     forms = forms_of(kernel)
     w = Writer()
     file_head(w, codes=packing_of(kernel) is not None)
@@ -210,7 +218,8 @@ def _print_form(w: Writer, kernel: Contract, form: str, name: str) -> None:
         "gemv": "Few rows: a program streams the weights of BLOCK_N columns through registers.",
         "dot": "A program computes BLOCK_M rows of BLOCK_N columns on tensor cores.",
     }[form]
-    with jit_function(w, kernel, _bodies(kernel), name, ["BLOCK_M", "BLOCK_N", "BLOCK_K"], doc):
+    blocks = ["BLOCK_M", "BLOCK_N", "BLOCK_K", *(["FLOAT8"] if _asks_for_float8(kernel) else [])]
+    with jit_function(w, kernel, _bodies(kernel), name, blocks, doc):
         if _even(kernel):
             w.line(f"tl.static_assert({indexed(_steps(kernel))} % BLOCK_K == 0)")
         print_sizes(w, kernel, form)
@@ -218,6 +227,10 @@ def _print_form(w: Writer, kernel: Contract, form: str, name: str) -> None:
             tile = _operand_tile(kernel)
             _print_prologue(w, kernel, tile)
             _print_sections(w, kernel, form, tile)
+
+
+def _asks_for_float8(kernel: Contract) -> bool:
+    return is_dynamic(kernel) and not sums_integers(kernel)
 
 
 def _bodies(kernel: Contract) -> list[Body]:
@@ -331,7 +344,8 @@ def _print_section(
         print_rows(w, section, quads or words_of(kernel) is not None)
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
-        w.line(f"{spell(a.name)} = tl.zeros({shape}, tl.float32)")
+        integers = sums_integers(kernel) and (quads or form == "dot")
+        w.line(f"{spell(a.name)} = tl.zeros({shape}, {'tl.int32' if integers else 'tl.float32'})")
     depth = indexed(_steps(kernel)) if kernel.experts is None else "depth_end"
     with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
         _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
@@ -339,6 +353,7 @@ def _print_section(
         if form == "gemv":
             total = gemv_total(kernel, a) if quads else f"tl.sum({spell(a.name)}, axis=2)"
             w.line(f"{spell(a.name)} = {total}")
+        print_scaled_rows(w, kernel, a.name)
         epilogue.values[a.name] = Value(torch.float32, frozenset({"m", "n"}))
     w.lines(statements(section.epilogue, epilogue))
 
@@ -346,7 +361,7 @@ def _print_section(
 def _print_step(w: Writer, kernel: Contract, section: Section, form: str, columns: Dim, tile: Tile) -> None:
     """What a program does with BLOCK_K of the depth."""
     even, native = _even(kernel), torch.float32 if form == "gemv" else dot_dtype(kernel, section)
-    operand = partial(_print_operand, w, kernel, tile, native)
+    operand = partial(_print_operand, w, kernel, tile, native, form)
     if form == "gemv" and quad_of(kernel):
         print_quads(w, kernel, section, columns.block, columns.inside, even, operand)
     elif words_of(kernel) is not None:
@@ -403,11 +418,15 @@ def _weight_rows(a: Accumulator, kernel: Contract) -> str:
     return f"{spell(a.weight.buffer)}{bits}{expert} + {indexed(at)}"
 
 
-def _print_operand(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype) -> str:
-    """Print the value of the operand in a [BLOCK_M, BLOCK_K] tile, zero beyond the depth; its name.
+def _print_operand(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype, form: str) -> str:
+    """Print what weights are multiplied by in a [BLOCK_M, BLOCK_K] tile, zero beyond the depth; its name."""
+    if not is_dynamic(kernel):
+        return _print_value(w, kernel, tile, native)
+    return print_quantized(w, kernel, _print_value(w, kernel, tile, torch.float32), form, quad_of(kernel) > 0)
 
-    `native` is the dtype that it is wanted in.
-    """
+
+def _print_value(w: Writer, kernel: Contract, tile: Tile, native: torch.dtype) -> str:
+    """Print the value of the operand, in the dtype `native`."""
     body, value = main_body(kernel), spell(kernel.operand_value)
     match body:
         case (Load() as load,) if tile.buffers[load.buffer] == native and load.mask is None:
@@ -438,7 +457,7 @@ def _print_gemv(w: Writer, kernel: Contract, section: Section, inside: str, tile
         at = f"{spell(a.name)}_rows[:, :, None] + {_step(f'{k}[:, None, :]', a)}"
         load = [at, *_zero_masked(parts), 'eviction_policy="evict_first"']
         w.line(call(f"{spell(a.name)}_weight = tl.load", load))
-    x = _print_operand(w, kernel, tile, torch.float32)
+    x = _print_operand(w, kernel, tile, torch.float32, "gemv")
     for a in section.accumulators:
         weight = _widened(f"{spell(a.name)}_weight", tile.buffers[a.weight.buffer])
         if a.weight.packing is not None:
@@ -454,12 +473,15 @@ def _print_dot(w: Writer, kernel: Contract, section: Section, inside: str, tile:
     if not _even(kernel):
         w.line(f"k_inside = {k} < {indexed(kernel.depth.size)}")
     native = dot_dtype(kernel, section)
-    x = _print_operand(w, kernel, tile, native)
+    x = _print_operand(w, kernel, tile, native, "dot")
     tail = "" if _even(kernel) else f"(depth < {indexed(kernel.depth.size)})[:, None]"
     for a in section.accumulators:
         load = [f"{spell(a.name)}_rows + {_step('depth[:, None]', a)}", *_zero_masked([inside, tail])]
         w.line(call(f"{spell(a.name)}_weight = tl.load", load))
         weight = f"{spell(a.name)}_weight"
+        if is_dynamic(kernel):
+            print_products(w, kernel, spell(a.name), x)
+            continue
         if a.weight.packing is None:
             weight = narrowed(weight, tile.buffers[a.weight.buffer], native)
         else:
@@ -542,5 +564,6 @@ def _print_launch(w: Writer, kernel: Contract, forms: Sequence[str]) -> None:
             name = "kernel"
             w.line(f'kernel = {kernel.name}_gemv if config.form == "gemv" else {kernel.name}_dot')
         index = "INDEX=launches.index_type(buffers, shape.rows)"
-        passed = [*arguments(kernel, _bodies(kernel)), index, "**config.options()"]
+        float8 = ["FLOAT8=launches.multiplies_float8(buffers[0].device)"] if _asks_for_float8(kernel) else []
+        passed = [*arguments(kernel, _bodies(kernel)), index, *float8, "**config.options()"]
         w.line(call(f"return [{name}[grid]", passed, "]"))

@@ -13,6 +13,7 @@ import torch
 
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section, packing_of
 from llmcomp.codegen.triton_body import Writer, call, indexed, spell
+from llmcomp.codegen.triton_dynamic import sums_integers
 from llmcomp.formats import Fp8, Int4, Int8, Mxfp4, Nf4
 from llmcomp.nibbles import BLOCK
 
@@ -128,7 +129,8 @@ def _start_sums(w: Writer, kernel: Contract, section: Section, block: str) -> No
     if _shift(kernel, section.accumulators[0]):
         w.line("sums = tl.zeros([BLOCK_M, 1, QUADS], tl.float32)")
     for a in section.accumulators:
-        w.line(f"{spell(a.name)}_part = tl.zeros([BLOCK_M, {block}, QUADS, 4], tl.float32)")
+        dtype = "tl.int32" if sums_integers(kernel) else "tl.float32"
+        w.line(f"{spell(a.name)}_part = tl.zeros([BLOCK_M, {block}, QUADS, 4], {dtype})")
 
 
 def _add_products(w: Writer, kernel: Contract, section: Section, operand: Callable[[], str]) -> None:
@@ -168,6 +170,8 @@ def _load_scale(w: Writer, a: Accumulator, column: str, at: str, masks: Sequence
 def _adder(kernel: Contract, a: Accumulator) -> str:
     exact = kernel.operand_dtype == torch.float32
     nf4 = "add_exact_nf4" if exact else "add_nf4"
+    if sums_integers(kernel):
+        return "add_dot4"
     kinds = {Int8: "add_bytes", Fp8: "add_float8", Int4: "add_integers", Mxfp4: "add_e2m1", Nf4: nf4}
     return kinds[type(_packing(a).format)]
 
@@ -182,6 +186,8 @@ def _shift(kernel: Contract, a: Accumulator) -> str:
 
 def gemv_total(kernel: Contract, a: Accumulator) -> str:
     """The products of an accumulator [M, N, QUADS], added up, as numbers."""
+    if sums_integers(kernel):
+        return f"tl.sum({spell(a.name)}, axis=2)"
     step = " * codes.NF4_STEP" if _adder(kernel, a) == "add_nf4" else ""
     return f"tl.sum({spell(a.name)}, axis=2) * (codes.UNIT{step})"
 

@@ -7,6 +7,7 @@ import torch
 from llmcomp.codegen.assemble import assemble
 from llmcomp.codegen.build import Source
 from llmcomp.codegen.triton import render
+from llmcomp.dynamic import multiply
 from llmcomp.formats import NF4_TABLE, Packed, names, parse_format
 from tests.numerics import assert_equal_float32, assert_no_worse
 from tests.packed_kernels import packed_buffers, packed_linear, products
@@ -29,14 +30,14 @@ def check(rows: int, k: int, n: int, name: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", [name for name in names() if not parse_format(name).dynamic])
+@pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("rows", [1, 9])
 def test_every_format(name: str, rows: int) -> None:
     check(rows, 256, 20, name, F32)
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["int8", "int8_g32", "int4_g32", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "int8_g32", "int4_g32", "nf4", "int8_dynamic", "fp8_dynamic"])
 @pytest.mark.parametrize("rows,k,n", [(3, 64, 7), (20, 192, 40), (2, 1024, 33)])
 def test_depths_that_are_no_whole_block(name: str, rows: int, k: int, n: int) -> None:
     check(rows, k, n, name, F32)
@@ -62,6 +63,39 @@ def test_operands_may_be_large_or_small(name: str) -> None:
         run(packed_linear(1, 256, 8, form, BF16), buffers)
         exact = products(x, Packed(codes, scale, *zero), form)
         assert_no_worse(out, exact.to(BF16), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8_dynamic", "fp8_dynamic"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_rows_of_bytes_that_do_not_lie_as_words(name: str, rows: int) -> None:
+    check(rows, 100, 9, name, F32)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int8_dynamic", "fp8_dynamic"])
+@pytest.mark.parametrize("rows", [4, 9])
+def test_tokens_of_zeros_and_such_that_are_not_finite(name: str, rows: int) -> None:
+    form = parse_format(name)
+    buffers, _ = packed_buffers(rows, 128, 8, form, F32)
+    x, codes, scale, bias, out = buffers
+    bias.zero_()
+    x[0], x[1, 5], x[2, 7], x[3] = 0.0, torch.nan, -torch.inf, x[3] * 1e-38
+    run(packed_linear(rows, 128, 8, form, F32), buffers)
+    expected = multiply(x, Packed(codes, scale), form)
+    assert torch.equal(out[0], torch.zeros(8)) and bool(out[1:3].isnan().all())
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-42, equal_nan=True)
+
+
+def test_a_quotient_is_that_of_a_division() -> None:
+    """What `quotient` does on a GPU: products and sums in float64 are exact enough to be fused ones."""
+    peaks = torch.randn(4000, 1).exp() * 2.0 ** torch.randint(-100, 100, (4000, 1))
+    x = torch.cat([peaks * torch.randn(4000, 60).clamp(-1, 1), peaks * torch.arange(-127, 128) / 254, peaks], 1)
+    scale = (peaks / 127).float()
+    inverse, guess = 1 / scale, x * (1 / scale)
+    rest = (x.double() - guess.double() * scale.double()).float()
+    found = (guess.double() + rest.double() * inverse.double()).float()
+    assert torch.equal(found.round(), (x / scale).round())
 
 
 PERMUTE = """\
@@ -110,7 +144,9 @@ DEEP = 16384  # so that the depth is walked in a loop
 # for each weight of 4 bits and 7.8 for each of 8.
 COUNTS = [
     ("int4", 90, 3.3), ("int4", 80, 3.4), ("int4_g64", 90, 3.6), ("int4_g32_symmetric", 90, 3.5), ("nf4", 90, 6.9),
-    ("mxfp4", 90, 5.0), ("int8", 90, 4.6), ("int8", 80, 4.8), ("int8_g32", 90, 4.8), ("fp8", 90, 4.9), ("fp8", 80, 5.0),
+    ("mxfp4", 90, 5.0),
+    ("int8_dynamic", 90, 1.8), ("int8_dynamic", 80, 1.9), ("fp8_dynamic", 90, 5.6),
+    ("int8", 90, 4.6), ("int8", 80, 4.8), ("int8_g32", 90, 4.8), ("fp8", 90, 4.9), ("fp8", 80, 5.0),
 ]  # fmt: skip
 
 
@@ -146,10 +182,11 @@ def test_decode_streams_codes_in_loads_of_16_bytes(name: str, rows: int, k: int,
 @pytest.mark.parametrize(
     "name,dtype",
     [("int4", BF16), ("int4", F16), ("int4_g32_symmetric", BF16), ("nf4", F16), ("mxfp4", BF16), ("int8_g32", F16),
-     ("fp8", BF16)],
+     ("fp8", BF16), ("int8_dynamic", BF16), ("fp8_dynamic", F16)],
 )  # fmt: skip
 def test_prefill_multiplies_on_tensor_cores(name: str, dtype: torch.dtype) -> None:
-    for capability, wanted in ((80, "HMMA"), (90, "HGMMA")):
+    wanted = {"int8_dynamic": ("IMMA", "IGMMA"), "fp8_dynamic": ("HMMA", "QGMMA")}.get(name, ("HMMA", "HGMMA"))
+    for capability, instruction in zip((80, 90), wanted, strict=True):
         (one,) = assemblies(packed_linear(S0, 2048, 2048, parse_format(name), dtype), (512,), capability)
-        assert any(op.startswith(wanted) for op in one.instructions)
+        assert any(op.startswith(instruction) for op in one.instructions)
         assert one.widest_load == 16
