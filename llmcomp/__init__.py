@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmcomp.pruning import Pruning, prune_
     from llmcomp.pruning_schedule import PruningSchedule
     from llmcomp.quantization import Quantization, quantize_
+    from llmcomp.quantized import safe_globals
     from llmcomp.reuse import reset
     from llmcomp.sparsity import NM, Magnitude, Movement, SparseGPT, Structured, Wanda, Zeros
 
@@ -73,6 +74,7 @@ __all__ = [
     "prune_",
     "quantize_",
     "reset",
+    "safe_globals",
     "stream",
 ]
 
@@ -86,6 +88,7 @@ _LATER = {
     "Quantization": "llmcomp.quantization",
     "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",
+    "safe_globals": "llmcomp.quantized",
     "Pruning": "llmcomp.pruning",
     "prune_": "llmcomp.pruning",
     "PruningSchedule": "llmcomp.pruning_schedule",

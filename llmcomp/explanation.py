@@ -4,17 +4,20 @@ import io
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 from torch.fx import GraphModule
 
 from llmcomp import compat
 from llmcomp.backend import Compiled, compile_model
 from llmcomp.options import read_options
+from llmcomp.quantization import put_back
 from llmcomp.report import ExternReport, GraphReport, KernelReport
 
 
@@ -51,8 +54,8 @@ def explain(
 ) -> Explanation:
     """Compile and run `model(*inputs, **keywords)` and tell what was done.
 
-    A model that is compiled already is explained as if it were not, and stays as it is. Under
-    `torch.no_grad()` graphs are those of inference.
+    A model that is compiled already is explained as if it were not, and stays as it is: the weights of an
+    `nn.Module` that the option `weights` quantizes are put back. Under `torch.no_grad()` graphs are those of inference.
 
     Raises:
         OptionError: an unknown option.
@@ -62,12 +65,14 @@ def explain(
     chosen = read_options(options)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        if reason := compat.graph_break(gm):
+        compiled = compile_model(gm, example_inputs, chosen, graphs.append)
+        if reason := compat.graph_break(gm):  # of the trace that is kept: another one may follow
             breaks.append(reason)
-        return compile_model(gm, example_inputs, chosen, graphs.append)
+        return compiled
 
     start = time.perf_counter()
-    compat.compile_apart(compat.uncompiled(model), backend)(*inputs, **keywords)
+    with put_back(model) if isinstance(model, nn.Module) else nullcontext():
+        compat.compile_apart(compat.uncompiled(model), backend)(*inputs, **keywords)
     return Explanation(tuple(graphs), tuple(breaks), time.perf_counter() - start)
 
 

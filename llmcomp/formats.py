@@ -114,7 +114,8 @@ class Format:
         """
         codes = unpack(packed.codes, columns) if self.bits == 4 else packed.codes
         scale = packed.scale if self.group else packed.scale.unsqueeze(-1)
-        return self.numbers(grouped(codes, self.group), scale, packed.zero).flatten(-2).to(dtype)
+        numbers, most = self.numbers(grouped(codes, self.group), scale, packed.zero), torch.finfo(dtype).max
+        return numbers.flatten(-2).clamp(-most, most).to(dtype)  # codes reach beyond the largest weight
 
     # ---- the arithmetic: of groups (..., groups, K / groups) with scales and zero points (..., groups) as stored ----
 
@@ -166,7 +167,10 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 def _stored(scale: Tensor, group: int) -> Tensor:
     """Scales as they are stored: float32 for rows, bfloat16 for groups."""
-    return _nonzero(scale) if not group else _nonzero(_nonzero(scale).bfloat16())
+    if not group:
+        return _nonzero(scale)
+    most = torch.finfo(torch.bfloat16).max
+    return _nonzero(_nonzero(scale).clamp(-most, most).bfloat16())
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ class Int4(Format):
             largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
             return _stored(largest / -8, self.group), None
         low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
-        scale = _stored((high - low) / 15, self.group)
+        scale = _stored((high / 16 - low / 16) / 15 * 16, self.group)  # high - low may be too large
         return scale, torch.round(-low / scale.float()).clamp_(0, 15).to(torch.uint8)
 
     def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -96,7 +96,7 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING.setdefault(METHOD, Quantizer)
     merge = AutoHfQuantizer.merge_quantization_configs
     if getattr(merge, "__module__", None) != __name__:
-        AutoHfQuantizer.merge_quantization_configs = staticmethod(_reading_others(merge))
+        setattr(AutoHfQuantizer, "merge_quantization_configs", staticmethod(_reading_others(merge)))  # noqa: B010
 
 
 def _reading_others(merge: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -326,7 +326,7 @@ def _require_fit(name: str, form: Format, packed: Packed, rows: int, columns: in
         if have is None or want is None:
             fits = have is None and want is None
         else:
-            floats = form.group and want.dtype.is_floating_point and have.dtype.is_floating_point
+            floats = bool(form.group) and want.dtype.is_floating_point and have.dtype.is_floating_point
             fits = tuple(have.shape) == (rows, *want.shape[1:]) and (have.dtype == want.dtype or floats)
         if not fits:
             found = None if have is None else (tuple(have.shape), have.dtype)

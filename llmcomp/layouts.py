@@ -172,7 +172,8 @@ def _codes(words: Tensor, bits: int) -> Tensor:
 
 def _awq_codes(words: Tensor) -> Tensor:
     places = torch.tensor(AWQ_PLACES, device=words.device)
-    return _codes(words, 4).unflatten(-1, (-1, 8)).index_select(-1, places).flatten(-2)
+    eights = _codes(words, 4).reshape(words.shape[0], -1, 8)
+    return eights.index_select(-1, places).flatten(-2)
 
 
 def _order(parts: Parts, name: str, groups: int, columns: int) -> Tensor | None:

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -170,6 +171,25 @@ def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
         from llmcomp.hf_quantizer import attach  # brings in transformers, whose model this is
 
         attach(model, {f"{name}.weight": form for name, form in formats.items()})
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """What is quantized inside of this is not afterwards."""
+    before = [(m, dict(m._parameters)) for m in model.modules()]
+    marks = ("hf_quantizer", "is_quantized", "quantization_method")
+    unmarked = [(m, mark) for m in model.modules() for mark in marks if mark not in m.__dict__]
+    config = getattr(model, "config", None)
+    had_config = hasattr(config, "quantization_config")
+    try:
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+        for module, mark in unmarked:
+            module.__dict__.pop(mark, None)
+        if config is not None and not had_config and hasattr(config, "quantization_config"):
+            del config.quantization_config
 
 
 def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:

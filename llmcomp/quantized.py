@@ -6,8 +6,8 @@
     torch.compile(...)                                            # AOTAutograd hands codes and scales to the backend
 
 There is one store and no second copy to go stale: `state_dict`, `.to()`, `copy.deepcopy` and pickling move the packed
-parts (`torch.load` of them wants `weights_only=False`), and what is written (`copy_`, `load_state_dict`, `mul_`) is
-quantized.
+parts (`torch.load` wants `torch.serialization.add_safe_globals(llmcomp.safe_globals())` before), and what is written
+(`copy_`, `load_state_dict`, `mul_`) is quantized.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import llmcomp.packed_ops  # noqa: F401  (defines torch.ops.llmcomp.dequantize)
-from llmcomp.formats import Format, Packed, grouped, parse_format
+from llmcomp.formats import FORMATS, Format, Packed, grouped, parse_format
 
 aten = torch.ops.aten
 PARTS = ("codes", "scale", "zero", "order")
+
+
+def safe_globals() -> list[type]:
+    """What `torch.load` of quantized weights must be allowed to make, for `torch.serialization.add_safe_globals`."""
+    return [QuantizedTensor, *FORMATS]
 
 
 class QuantizedTensor(Tensor):

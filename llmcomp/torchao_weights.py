@@ -5,8 +5,8 @@
     IntxUnpackedToInt8Tensor    4 or 8 bits, groups of inputs or rows      ->  Int4 or Int8
 
 Weights keep their values; activations that are quantized are rounded on a slightly other grid (torchao divides by
-max / 127.5, with -128 among the codes). They are known by name: torchao is not imported. A compiled model that holds others, or these, runs them as torchao
-spells them out, in which a weight is made float as a whole.
+max / 127.5, with -128 among the codes). They are known by name: torchao is not imported. A compiled model that holds
+others, or these, runs them as torchao spells them out, in which a weight is made float as a whole.
 """
 
 from collections.abc import Callable, Mapping

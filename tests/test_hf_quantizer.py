@@ -15,13 +15,17 @@ from llmcomp.errors import FormatError, OptionError
 from llmcomp.quantized import QuantizedTensor
 from tests.quantizable import llama, logits
 
+TIED = {"lm_head": None, "*embed_tokens": "int8", "*_proj": "int8"}
+
 
 def formats(model: torch.nn.Module) -> dict[str, str]:
     return {n: str(p.format) for n, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("weights", ["int8", "int4", {"*.mlp.*": "nf4", "*.self_attn.*": "int4_g32", "lm_head": None}])
+@pytest.mark.parametrize(
+    "weights", ["int8", "int4", {"*.mlp.*": "nf4", "*.self_attn.*": "int4_g32", "lm_head": None}, TIED]
+)
 def test_loading_a_float_checkpoint_equals_quantizing_the_model(
     tmp_path: Path, tied: bool, weights: str | Mapping[str, str | None]
 ) -> None:
@@ -91,7 +95,29 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
 
-def test_unknown_formats_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["int5", {"lm_head": "int5"}, {"lm_head": 4}, 4])
+def test_unknown_formats_are_refused_where_they_are_written(weights: object) -> None:
+    with pytest.raises(OptionError, match="int4|int8"):
+        llmcomp.QuantizationConfig(weights)  # type: ignore[arg-type]
+
+
+def test_a_config_may_load_two_models(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="int4"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=llmcomp.QuantizationConfig("int5"))
+    config = llmcomp.QuantizationConfig("int4")
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32) for _ in "ab"
+    )
+    first.config.quantization_config.formats["other"] = "int8"
+    assert "other" not in second.config.quantization_config.formats and config.formats == {}
+
+
+def test_the_config_of_a_quantized_model_says_what_became_of_it() -> None:
+    model = llama(tied=False)
+    llmcomp.quantize_(model, {"*.mlp.*": "int4"})
+    llmcomp.quantize_(model, {"lm_head": "int8"})
+    noted = model.config.quantization_config
+    assert noted.weights["lm_head"] == "int8" and noted.weights["model.layers.0.mlp.up_proj"] == "int4"
+    assert len(noted.weights) == 7 == len(noted.formats)
+    again = llama(tied=False)
+    llmcomp.quantize_(again, noted.weights)
+    assert formats(again) == formats(model)

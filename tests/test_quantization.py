@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmcomp
 from llmcomp.errors import FormatError, OptionError
-from llmcomp.formats import Int4, Int8
-from llmcomp.quantization import quantize_
+from llmcomp.formats import Format, Int4, Int8
+from llmcomp.owners import models_of
+from llmcomp.quantization import chosen, quantize_
 from llmcomp.quantized import QuantizedTensor
 from tests.numerics import assert_equal_float32
 from tests.quantizable import IDS, llama, logits
@@ -110,6 +111,53 @@ def test_weights_that_are_not_finite_are_refused_whatever_the_spec() -> None:
     with pytest.raises(FormatError, match="1: expected finite"):
         quantize_(model, "int8")
     assert not isinstance(model[0].weight, QuantizedTensor)
+
+
+class Held(nn.Module):
+    """A module of its own that reads the weight of a linear layer."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.table = weight
+
+
+def test_weights_that_other_modules_read_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(128, 8), nn.Linear(128, 8))
+    model.add_module("held", Held(model[0].weight))
+    done = quantize_(model, "int8")
+    assert [r.name for r in done.quantized] == ["1"] and "held.table too" in done.left[0].reason
+    assert model.held.table is model[0].weight
+    with pytest.raises(FormatError, match="held.table"):
+        quantize_(model, {"0": "int8"})
+
+
+def test_a_layer_under_two_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(128, 8)})
+    model["b"] = model["a"]
+    quantize_(model, {"b": "int8"})
+    assert isinstance(model["a"].weight, QuantizedTensor) and model["b"].weight is model["a"].weight
+    assert dict(chosen(nn.ModuleDict({"a": (m := nn.Linear(128, 8)), "b": m}), "int8")).keys() == {"a", "b"}
+
+
+def test_layers_without_a_shape_yet_are_left_alone() -> None:
+    done = quantize_(nn.Sequential(nn.LazyLinear(8), nn.Linear(128, 8)), "int8")
+    assert "no shape yet" in done.left[0].reason and len(done.quantized) == 1
+    assert "no shape yet" in str(done)
+
+
+def test_a_layer_that_is_the_model() -> None:
+    layer = nn.Linear(128, 8)
+    assert "(the layer itself)" in str(quantize_(layer, "int8"))
+    other = nn.Linear(128, 8)
+    with torch.no_grad():
+        other.weight.fill_(float("inf"))
+    with pytest.raises(FormatError, match="the layer itself"):
+        quantize_(other, "int8")
+
+
+def test_the_base_of_all_formats_is_none() -> None:
+    with pytest.raises(OptionError, match="such as Int8"):
+        quantize_(nn.Linear(128, 8), Format())
 
 
 # ---- compiled -------------------------------------------------------------------------------------------------------
@@ -213,3 +261,39 @@ def test_the_option_refuses_a_model_that_is_being_trained() -> None:
     with pytest.raises(Exception, match="eval"):
         torch.compile(model, backend="llmcomp", options={"weights": "int8"})(torch.randn(2, 128))
     assert not isinstance(model.weight, QuantizedTensor)
+
+
+def test_the_option_sees_the_model_around_a_compiled_part() -> None:
+    model = nn.ModuleDict({"part": nn.Linear(128, 8), "other": nn.Linear(8, 8)}).eval()
+    weight = model["part"].weight
+    model["part"] = torch.compile(model["part"], backend="llmcomp")
+    assert models_of([weight]) == [model]
+    wrapped = torch.compile(layer := nn.Linear(128, 8), backend="llmcomp")
+    assert models_of([layer.weight]) == [layer] and wrapped is not None
+
+
+def test_explaining_the_option_leaves_the_model_as_it_was() -> None:
+    model = llama()
+    before = dict(model.named_parameters())
+    explained = llmcomp.explain(model, IDS, options={"weights": "int8"})
+    assert any("packed_linear" in node for k in explained.kernels for node in k.nodes)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert not hasattr(model.config, "quantization_config") and getattr(model, "hf_quantizer", None) is None
+
+
+def test_breaks_are_counted_once_where_weights_are_quantized() -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(128, 128), nn.Linear(128, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    x, model = torch.randn(2, 128), Breaks().eval()
+    with torch.no_grad():
+        assert len(llmcomp.explain(model, x, options={"weights": "int8"}).breaks) == len(
+            llmcomp.explain(model, x).breaks
+        )

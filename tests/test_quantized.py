@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmcomp.formats import Int4, Int8, names, parse_format
+import llmcomp
+from llmcomp.formats import Int4, Int8, Packed, names, parse_format
 from llmcomp.quantized import QuantizedTensor
 
 
@@ -136,3 +137,80 @@ def test_memory_may_be_shared() -> None:
     assert not made.weight.is_shared()
     made.share_memory()
     assert made.weight.is_shared() and made.weight.scale.is_shared()
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_weights_stay_finite(name: str, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for signs in (torch.ones(4, 128), -torch.ones(4, 128), torch.tensor([1.0, -1.0]).repeat(4, 64)):
+        weight = (signs * most).to(dtype)
+        kept = QuantizedTensor.quantize(weight, parse_format(name)).dequantize()
+        torch.testing.assert_close(kept.double(), weight.double(), rtol=0.13, atol=0)
+
+
+def test_a_file_is_loaded_without_running_code_from_it(tmp_path: Path) -> None:
+    made = layer("int4")
+    torch.save(made.state_dict(), tmp_path / "layer.pt")
+    with pytest.raises(pickle.UnpicklingError, match="safe_globals"):
+        torch.load(tmp_path / "layer.pt")
+    with torch.serialization.safe_globals(llmcomp.safe_globals()):
+        assert same(torch.load(tmp_path / "layer.pt")["weight"], made.weight)
+
+
+# ---- other dtypes of scales, other orders of columns ----------------------------------------------------------------
+
+
+def ordered(name: str = "int4_g32", scale: torch.dtype = torch.float16) -> QuantizedTensor:
+    """A weight whose columns are stored in another order, with scales as others store them."""
+    made = QuantizedTensor.quantize(torch.randn(20, 128), parse_format(name))
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    packed = Packed(made.codes, made.scale.to(scale), made.zero)
+    return QuantizedTensor(packed, made.format, made.shape, made.dtype, order=order)
+
+
+def test_columns_in_another_order() -> None:
+    weight = ordered()
+    matrix = weight.format.dequantize(weight.packed, 128, torch.float32)
+    assert torch.equal(weight.dequantize()[:, weight.order], matrix)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(nn.functional.linear(x, weight), x @ weight.dequantize().t())
+    ids = torch.tensor([3, 0])
+    assert torch.equal(nn.functional.embedding(ids, weight), weight.dequantize()[ids])
+    for copied in (copy.deepcopy(weight), weight.clone(), weight.t().t(), pickle.loads(pickle.dumps(weight))):
+        assert torch.equal(copied.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("scale", [torch.float16, torch.float32])
+def test_writing_keeps_order_and_scales_as_they_are_stored(scale: torch.dtype) -> None:
+    weight, new = ordered("int8_g32", scale), torch.randn(20, 128)
+    weight.copy_(new)
+    assert weight.scale.dtype == scale
+    torch.testing.assert_close(weight.dequantize(), new, rtol=0, atol=0.02)
+    other = ordered("int8_g32", scale)
+    other.copy_(weight)
+    assert torch.equal(other.dequantize(), weight.dequantize())
+    weight.copy_(torch.full((20, 128), 1e-9))  # a scale that float16 can't hold
+    assert bool(weight.dequantize().isfinite().all()) and float(weight.dequantize().abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_symmetric", "int8_g64"])
+@pytest.mark.parametrize("scale", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_kernels_read_other_scales_and_orders(name: str, scale: torch.dtype, rows: int) -> None:
+    made, x = nn.Linear(128, 20).eval(), torch.randn(rows, 128)
+    made.weight = nn.Parameter(ordered(name, scale), requires_grad=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        (graph,) = llmcomp.explain(made, x).graphs
+        assert any("packed_linear" in node for k in graph.program.kernels for node in k.nodes)
+        assert not graph.program.externs
+        torch.testing.assert_close(torch.compile(made, backend="llmcomp")(x), made(x), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_reads_packed_weights() -> None:
+    made, x = layer("int8").eval(), torch.randn(2, 128)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        (graph,) = llmcomp.explain(made, x).graphs
+    assert any("packed_linear" in node for k in graph.program.kernels for node in k.nodes)
