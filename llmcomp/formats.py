@@ -114,8 +114,9 @@ class Format:
         """
         codes = unpack(packed.codes, columns) if self.bits == 4 else packed.codes
         scale = packed.scale if self.group else packed.scale.unsqueeze(-1)
-        numbers, most = self.numbers(grouped(codes, self.group), scale, packed.zero), torch.finfo(dtype).max
-        return numbers.flatten(-2).clamp(-most, most).to(dtype)  # codes reach beyond the largest weight
+        numbers = self.numbers(grouped(codes, self.group), scale, packed.zero).flatten(-2)
+        most = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
+        return numbers.clamp(-most, most).to(dtype)  # codes reach beyond the largest weight
 
     # ---- the arithmetic: of groups (..., groups, K / groups) with scales and zero points (..., groups) as stored ----
 
