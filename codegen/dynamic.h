@@ -9,7 +9,17 @@
 
 namespace packed {
 
-// The largest magnitude of a row over LARGEST: what a code counts. NaN where a number is NaN or infinite.
+// A row becomes what the graph holds it as: what is quantized is that.
+template <typename Graph>
+INLINE void round_row(float* x, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+        Graph held;
+        held = x[k];
+        x[k] = held;
+    }
+}
+
+// The largest magnitude of a row over the largest code: what a code counts. NaN where a number is NaN or infinite.
 INLINE float token_scale(const float* x, int64_t count, float largest_code) {
     Vec most = {}, probe = {};
     for (int64_t k = 0; k < count; k += W) {
@@ -58,6 +68,7 @@ struct DynamicIntegers : contract::Packing<integers::Element, TOKENS, 64, 64> {
     Token& token(int64_t row) const { return *(Token*)(row_at(row) + stride - 64); }
 
     void pack(int64_t row) {
+        round_row<Graph>(line, depth);
         const float scale = token_scale(line, stride - 64, 127.0f);
         const Vec divisor = splat(scale);
         Whole sum = {};
@@ -208,6 +219,7 @@ struct DynamicFloats : Operand<Weights, Graph> {
           scales((float*)(memory + Base::bytes(rows, depth, team)) + (Base::shared ? 0 : Base::member.rank) * contract::BLOCK) {}
 
     void pack(int64_t row) {
+        round_row<Graph>(line, Base::depth);
         scales[row] = token_scale(line, stride, 448.0f);
         const Vec divisor = splat(scales[row]);
         for (int64_t k = 0; k < stride; k += W) store(line + k, round_e4m3(in_codes(line + k, divisor, 448.0f)));

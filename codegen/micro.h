@@ -53,7 +53,8 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
     return r;
 }
 
-INLINE Vec splat(float x) { return Vec{} + x; }
+// Not 0 + x, which is another number than -0 where x is: the compiler would have to add.
+INLINE Vec splat(float x) { return x - Vec{}; }
 
 // ---- turning a square of lanes ------------------------------------------------------------------------------------------
 
