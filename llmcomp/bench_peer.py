@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from llmcomp import compat, generation
+from llmcomp import bench_llama_cpp, compat, generation
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_steps import Steps
 from llmcomp.quantization import quantize_
@@ -72,11 +72,14 @@ PEERS = {
     "llmcomp-max-autotune": Peer("llmcomp", "max-autotune"),
     "llmcomp-generate": Peer("llmcomp", loop="llmcomp"),
     "llmcomp-int8": Peer("llmcomp", weights="int8"),
+    "llmcomp-int8_dynamic": Peer("llmcomp", weights="int8_dynamic"),
     "llmcomp-fp8": Peer("llmcomp", weights="fp8"),
     "llmcomp-int4": Peer("llmcomp", weights="int4"),
     "llmcomp-int4_g32": Peer("llmcomp", weights="int4_g32"),
     "llmcomp-nf4": Peer("llmcomp", weights="nf4"),
     "torchao-int8": Peer("inductor", weights="Int8WeightOnlyConfig", environment=FREEZING),
+    "llama.cpp-q8_0": Peer("llama.cpp", weights="Q8_0"),
+    "llama.cpp-q4_0": Peer("llama.cpp", weights="Q4_0"),
     "torchao-w8a8": Peer("inductor", weights="Int8DynamicActivationInt8WeightConfig", environment=FREEZING),
 }
 
@@ -188,12 +191,28 @@ def quantize(model: Any, peer: Peer) -> None:
     torchao.quantize_(model, getattr(torchao, peer.weights)())
 
 
+def serve_llama_cpp(peer: Peer, setup: Setup, base: float) -> None:
+    """Serve the peer that runs no model of transformers."""
+    library, size = bench_llama_cpp.serve(peer.weights, setup)
+    answer({"weights": size, "pid": os.getpid()})
+    for command in commands():
+        match command["do"]:
+            case "compiling":
+                answer({"dynamo": 0.0, "backend": 0.0, "llmcomp": 0.0})
+            case "memory":
+                answer(memory(setup.device, base))
+            case _:
+                answer(bench_llama_cpp.answer_command(library, setup, command))
+
+
 def main() -> None:
     """Serve one peer: `python -m llmcomp.bench_peer PEER SETUP`."""
     peer, setup = PEERS[sys.argv[1]], Setup(**json.loads(sys.argv[2]))
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(setup.threads)
     base = resident()
+    if peer.backend == "llama.cpp":
+        return serve_llama_cpp(peer, setup, base)
     model = setup.build()
     quantize(model, peer)
     if peer.backend is not None and not peer.static:

@@ -13,6 +13,7 @@ import torch
 import llmcomp.bench_process
 from llmcomp.bench import Load, Measured, loads, main, measure, parse, rate, setting, setup_of, split, table
 from llmcomp.bench_growing import growing_table, measure_growing
+from llmcomp.bench_llama_cpp import file_name, library
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_overhead import decoding_step, measure_loops, measure_overhead, without_kernels
@@ -32,6 +33,16 @@ def test_rates() -> None:
     answer = {"first": 0.5, "rest": 2.0}
     assert rate(Load("prefill 512", 1, 512, 2), answer) == 1024
     assert rate(Load("decode b8", 8, 64, 5), answer) == 16
+
+
+def test_llama_cpp_is_asked_for_what_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert file_name("model.layers.13.mlp.up_proj.weight") == "blk.13.ffn_up.weight"
+    assert file_name("model.embed_tokens.weight") == "token_embd.weight"
+    (tmp_path / "libllama-common.so").touch()
+    with pytest.raises(SystemExit, match="LLAMA_CPP"):
+        library(tmp_path, "llama")
+    (tmp_path / "libllama.v0.5.0.so").touch()
+    assert library(tmp_path, "llama").name == "libllama.v0.5.0.so"
 
 
 def test_the_table_holds_medians() -> None:
