@@ -130,10 +130,13 @@ class Quantizer(HfQuantizer):
         self.formats: dict[str, Format] = {}
         self.problems: list[FormatError] = []
         self.missing: Collection[str] = ()
+        self.stored: Collection[str] = ()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.source is not None:
-            _refuse_lost_biases(model, kwargs.get("checkpoint_files") or ())
+            files = kwargs.get("checkpoint_files") or ()
+            _refuse_lost_biases(model, files)
+            self.stored = _layers_of(files, self.source.sign)
         elif self.pre_quantized:
             self.formats = {name: parse_format(text) for name, text in self.quantization_config.formats.items()}
         else:
@@ -145,7 +148,7 @@ class Quantizer(HfQuantizer):
             more = f" (and {len(self.problems) - 1} more such weights)" if len(self.problems) > 1 else ""
             raise FormatError(f"{self.problems[0]}{more}") from self.problems[0]
         if self.source is not None:
-            self._refuse_missing()
+            self._refuse_missing(model)
         self.quantization_config.formats = {name: str(form) for name, form in self.formats.items()}
         if self.source is not None:
             self.quantization_config.stored = None
@@ -154,18 +157,25 @@ class Quantizer(HfQuantizer):
             }
         return model
 
-    def _refuse_missing(self) -> None:
-        """Layers that others of the same name are quantized beside, and that the checkpoint has nothing for."""
+    def _refuse_missing(self, model: Any) -> None:
+        """Weights that the checkpoint has nothing for, beside others of the same name, or where it holds quantized ones
+        that did not find their way into the model.
+        """
+        missing = sorted(set(self.missing) - set(model.all_tied_weights_keys))
         kinds = {name.split(".")[-2] for name in self.formats}
-        if lost := sorted(name for name in self.missing if name.split(".")[-2:-1] and name.split(".")[-2] in kinds):
+        lost = [name for name in missing if "." in name and name.split(".")[-2] in kinds]
+        if lost:
             raise FormatError(
                 f"expected the checkpoint to hold {lost[0]}, quantized or not, found nothing for it (and "
                 f"{len(lost) - 1} more): it is incomplete, or its layers have other names than those of this model"
             )
-        if not self.formats:
+        if not self.formats or (missing and len(self.formats) < len(self.stored)):
+            apart = sorted({name.removesuffix(".weight") for name in self.formats} ^ set(self.stored))
             raise FormatError(
-                "expected a checkpoint with quantized weights, as its config says, found none that belongs to a layer "
-                "of this model: they are fused or named in a way that is not supported"
+                f"expected every quantized weight of the checkpoint to belong to a layer of this model, found "
+                f"{len(self.formats)} of {len(self.stored)} that do, and nothing for {missing[:1]} "
+                f"({', '.join(apart[:2])}): weights that the model fuses, as those of experts, are not read quantized; "
+                "load the float checkpoint"
             )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -212,6 +222,15 @@ class Quantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Quantized models can be compiled."""
         return True
+
+
+def _layers_of(files: Collection[str], sign: str) -> set[str]:
+    """The layers that a checkpoint holds quantized: those with a tensor named `sign`."""
+    layers: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            layers |= {name.removesuffix(f".{sign}") for name in file.keys() if name.endswith(f".{sign}")}
+    return layers
 
 
 def _refuse_lost_biases(model: Any, files: Collection[str]) -> None:

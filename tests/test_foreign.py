@@ -11,14 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 import llmcomp
 from llmcomp.errors import FormatError
 from llmcomp.quantized import QuantizedTensor
 from tests.foreign_checkpoints import Tensors, awq, coded, gptq, packed, write
 from tests.numerics import assert_equal_float32
-from tests.quantizable import llama, logits
+from tests.quantizable import IDS, llama, logits
 
 Pack = Callable[[str, nn.Linear], tuple[Tensors, Tensor]]
 F16, BF16 = torch.float16, torch.bfloat16
@@ -100,7 +107,7 @@ def test_values_are_those_of_the_checkpoint(tmp_path: Path, name: str) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq desc_act", "awq", "fp8"])
+@pytest.mark.parametrize("name", ["gptq", "gptq desc_act", "fp8"])
 def test_compiled_and_saved_as_ours(tmp_path: Path, name: str) -> None:
     settings, pack, _ = CASES[name]
     write(tmp_path, llama(tied=True), settings, pack, files=3)
@@ -113,7 +120,7 @@ def test_compiled_and_saved_as_ours(tmp_path: Path, name: str) -> None:
     assert formats(again) == formats(loaded) and torch.equal(logits(again), eager)
     torch._dynamo.reset()
     with torch.no_grad():
-        explained = llmcomp.explain(copy.deepcopy(loaded), torch.tensor([[1]]))
+        explained = llmcomp.explain(copy.deepcopy(loaded), IDS)
     (graph,) = explained.graphs
     read = sum(any("packed_linear" in node for node in k.nodes) for k in graph.program.kernels)
     assert read >= 8 and not any("linear" in x.op for x in graph.program.externs)
@@ -207,6 +214,41 @@ def test_tensors_that_are_missing_or_wrong(
     folder = broken(tmp_path, *CASES[case][:2], change)
     with pytest.raises(FormatError, match=says):
         load(folder)
+
+
+def test_experts_that_the_model_fuses_are_refused(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if ".experts." in n or "_proj" in n]:
+        made = gptq(coded(tensors.pop(name), 4, 128, True, F16, False))
+        tensors |= {name.removesuffix("weight") + part: value for part, value in made.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": GPTQ}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(FormatError, match="experts.*not read quantized"):
+        load(tmp_path)
+
+
+def test_the_transposed_weights_of_gpt2(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    tensors = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":
+            w = coded(module.weight.detach().t(), 4, 64, False, F16, False)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": value for part, value in gptq(w).items()}
+            module.weight = nn.Parameter(w.numbers().t())
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    settings = config.to_dict() | {"quantization_config": GPTQ, "architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = load(tmp_path)
+    assert len(formats(loaded)) == 4
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 def test_biases_of_zeros_are_no_trouble(tmp_path: Path) -> None:
