@@ -33,6 +33,7 @@ MODULES = (
     "test_triton_packed",
     "test_triton_attend",
     "test_triton_program",
+    "test_triton_quantized",
     "test_triton_sequences",
     "test_triton_sweep",
     "test_assemble",
