@@ -22,11 +22,12 @@ from llmcomp.errors import (
 )
 
 if TYPE_CHECKING:
-    from llmcomp.calibration import calibrate
+    from llmcomp.calibration import Calibration, calibrate
     from llmcomp.explanation import Explanation, explain
     from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
     from llmcomp.generation import custom_generate, generate, stream
     from llmcomp.hf_quantizer import QuantizationConfig
+    from llmcomp.mixed_precision import Budget, assign
     from llmcomp.options import Options
     from llmcomp.pruning import Pruning, prune_
     from llmcomp.pruning_schedule import PruningSchedule
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
     "BuildError",
     "CacheError",
+    "Calibration",
     "CaptureError",
     "Explanation",
     "Format",
@@ -67,6 +70,7 @@ __all__ = [
     "VerifyError",
     "Wanda",
     "Zeros",
+    "assign",
     "calibrate",
     "custom_generate",
     "explain",
@@ -84,7 +88,8 @@ _LATER = {
     "explain": "llmcomp.explanation",
     "Options": "llmcomp.options",
     "reset": "llmcomp.reuse",
-    "calibrate": "llmcomp.calibration",
+    **dict.fromkeys(("Calibration", "calibrate"), "llmcomp.calibration"),
+    **dict.fromkeys(("Budget", "assign"), "llmcomp.mixed_precision"),
     "Quantization": "llmcomp.quantization",
     "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",

@@ -22,6 +22,7 @@ from llmcomp.find_folds import Folds, find_folds
 from llmcomp.folding import fold
 from llmcomp.formats import Format
 from llmcomp.layerwise import Step, layerwise
+from llmcomp.mixed_precision import Budget, assign
 from llmcomp.moments import Moments, moments_of
 from llmcomp.quantization import (
     Quantization,
@@ -53,7 +54,7 @@ class Calibration(Quantization):
 def calibrate(
     model: nn.Module,
     batches: Batches,
-    spec: Spec,
+    spec: Spec | Budget,
     method: str = "gptq",
     *,
     damping: float = 0.01,
@@ -63,22 +64,26 @@ def calibrate(
     """Quantize weights of `model` in place, those of its decoder layers by `method`; the rest as `quantize_` does.
 
     `batches` are token ids (batch, length), or mappings with input_ids and maybe attention_mask, whose zeros do not
-    count; a few dozen of some hundred tokens do. `spec` is as for `quantize_`. `method` is "gptq", "awq", "smoothquant"
-    (for dynamic formats), "awq+gptq" or "smoothquant+gptq". `damping`, a part of its mean, is added to the diagonal of
-    GPTQ's moments; `alpha` is how much of the range of activations SmoothQuant moves into weights, None: searched for.
-    Weights that saw no data (experts that no token reached) are rounded.
+    count; a few dozen of some hundred tokens do. `spec` is as for `quantize_`, or a Budget, with which `assign` chooses
+    formats first. `method` is "gptq", "awq", "smoothquant" (for dynamic formats), "awq+gptq" or "smoothquant+gptq".
+    `damping`, a part of its mean, is added to the diagonal of GPTQ's moments; `alpha` is how much of the range of
+    activations SmoothQuant moves into weights, None: searched for. Weights that saw no data (experts that no token
+    reached) are rounded.
 
     With a folder as `checkpoint`, finished layers are written there, and a call with the same model, spec, method and
     data goes on from them, to the same result.
 
     Raises:
-        OptionError: as `quantize_`; the method does not exist or does nothing for the formats; the folder holds another
-            calibration. The model is then as it was.
+        OptionError: as `quantize_` and `assign`; the method does not exist or does nothing for the formats; the folder
+            holds another calibration. The model is then as it was.
         FormatError: as `quantize_`; there is no data, or no decoder layers are found. The model is then as it was.
             Moments that GPTQ can't invert; layers before are then quantized.
     """
     model = getattr(model, "_orig_mod", model)
     how = Method(method, damping, alpha)
+    if isinstance(spec, Budget):
+        batches = list(batches)
+        spec = assign(model, batches, spec)
     plan, holders = _checked_plan(model, spec)
     how.check(plan.values())
     rows: list[Row] = []

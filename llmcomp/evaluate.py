@@ -2,11 +2,13 @@
 
     python -m llmcomp.evaluate examples/tiny_llama
     python -m llmcomp.evaluate MODEL --formats int8,int4_g32 --text book.txt --dtype bfloat16
-    python -m llmcomp.evaluate MODEL --formats int4,int4+gptq --calibrate other.txt
+    python -m llmcomp.evaluate MODEL --formats int4,int4+awq,mixed4.5+gptq --calibrate other.txt --resume folder
 
-A format followed by +gptq is calibrated on the text of `--calibrate`. MODEL is a folder that transformers loads. The
-text to measure on is that of `--text`, or heldout.txt in the folder. Speed is the median over rounds that take turns
-between the formats: tokens per second of greedy decoding at batch 1, compiled.
+A format followed by the name of a method (+gptq, +awq, +smoothquant, +awq+gptq, +smoothquant+gptq) is calibrated on the
+text of `--calibrate`. mixed4.5 is a format for each weight, 4.5 bits on average, chosen on that text. MODEL is a folder
+that transformers loads. The text to measure on is that of `--text`, or heldout.txt in the folder. Speed is the median
+over rounds that take turns between the formats: tokens per second of greedy decoding at batch 1, compiled. With
+`--resume` finished layers of calibrations are kept in a folder for each format, and not calibrated again.
 """
 
 import argparse
@@ -22,11 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.calibration import calibrate
+from llmcomp.calibration_method import METHODS, Method
+from llmcomp.errors import OptionError
 from llmcomp.formats import names, parse_format
+from llmcomp.mixed_precision import Budget, assign
 from llmcomp.perplexity import Perplexity, perplexity
-from llmcomp.quantization import quantize_
+from llmcomp.quantization import Spec, quantize_
 
-GPTQ = "+gptq"
+MIXED = "mixed"
 DEFAULT_FORMATS = "int8,fp8,int4_g32,int4,nf4,mxfp4"
 
 
@@ -69,23 +74,24 @@ def evaluate(
     window: int = 512,
     new: int = 65,
     rounds: int = 5,
+    resume: Path | None = None,
 ) -> list[Evaluated]:
     """The float model, then a copy of it in each format: perplexity on `text`, bytes, and speed in interleaved rounds.
 
-    `data` are batches of token ids for formats that end in +gptq.
+    `data` are batches of token ids for formats that are calibrated or mixed; `resume` is a folder for finished layers.
 
     Raises:
-        OptionError: a format that does not exist.
-        FormatError: a format is to be calibrated and there is no data.
+        OptionError: a format or a method that does not exist.
+        FormatError: a format is to be calibrated or mixed and there is no data.
     """
     for given in formats:
-        parse_format(given.removesuffix(GPTQ))
+        parse(given)
     choices: list[str | None] = [None, *formats]
     rows, models = [], []
     for name in choices:
         made = copy.deepcopy(model)
         if name is not None:
-            _quantize(made, name, data)
+            quantize(made, name, data, None if resume is None else resume / name)
         made.compile(backend="llmcomp")
         quality = perplexity(made, tokenizer, text, window=window, stride=window // 2)
         title = str(model.dtype).split(".")[-1] if name is None else name
@@ -100,11 +106,35 @@ def evaluate(
     return rows
 
 
-def _quantize(model: nn.Module, name: str, data: Sequence[Tensor]) -> None:
-    if name.endswith(GPTQ):
-        calibrate(model, data, name.removesuffix(GPTQ))
+def parse(name: str) -> tuple[Spec | Budget, str | None]:
+    """The formats and the method of a name such as "int4", "int8_dynamic+smoothquant" or "mixed4.5+gptq".
+
+    Raises:
+        OptionError: there are none of this name.
+    """
+    form, _, method = name.partition("+")
+    if method:
+        Method(method)
+    if not form.startswith(MIXED):
+        return parse_format(form), method or None
+    try:
+        bits = float(form.removeprefix(MIXED))
+    except ValueError as problem:
+        raise OptionError(f"expected bits behind {MIXED}, mixed4.5 for example, found {form!r}") from problem
+    return Budget(bits=bits), method or None
+
+
+def quantize(model: nn.Module, name: str, data: Sequence[Tensor], kept: Path | None = None) -> None:
+    """Quantize a model as a name says, calibrated on `data`, with finished layers in the folder `kept`.
+
+    Raises:
+        OptionError, FormatError: as `evaluate`.
+    """
+    spec, method = parse(name)
+    if method is not None:
+        calibrate(model, data, spec, method, checkpoint=kept)
     else:
-        quantize_(model, name)
+        quantize_(model, assign(model, data, spec) if isinstance(spec, Budget) else spec)
 
 
 def pieces(tokenizer: Any, text: str, length: int, most: int) -> list[Tensor]:
@@ -125,13 +155,20 @@ def table(rows: Sequence[Evaluated]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a folder that transformers loads")
-    parser.add_argument("--formats", default=DEFAULT_FORMATS, help=f"with commas, of {', '.join(names())}")
+    parser.add_argument(
+        "--formats",
+        default=DEFAULT_FORMATS,
+        help=f"with commas, of {', '.join(names())}, mixedBITS; each may be followed by +{', +'.join(METHODS)}",
+    )
     parser.add_argument("--text", type=Path, help="UTF-8 text (default: heldout.txt in the folder)")
-    parser.add_argument("--calibrate", type=Path, help="UTF-8 text, other than that of --text, for formats with +gptq")
+    parser.add_argument(
+        "--calibrate", type=Path, help="UTF-8 text, other than that of --text, for formats with a method"
+    )
+    parser.add_argument("--resume", type=Path, help="a folder where finished layers of calibrations are kept")
     parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -145,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table for one model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    args = parse(arguments)
+    args = command_line(arguments)
     file = args.text or args.model / "heldout.txt"
     if not args.model.is_dir() or not file.is_file():
         missing = args.model if not args.model.is_dir() else file
@@ -157,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = (
         pieces(tokenizer, args.calibrate.read_text("utf-8", errors="ignore"), args.window, 64) if args.calibrate else []
     )
-    shape = {"window": args.window, "new": args.new, "rounds": args.rounds}
+    shape = {"window": args.window, "new": args.new, "rounds": args.rounds, "resume": args.resume}
     print(f"\n{table(evaluate(model, tokenizer, text, formats, data=data, **shape))}")
 
 

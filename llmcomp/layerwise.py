@@ -177,7 +177,7 @@ def _captured(
             hooks.callback(layer.register_forward_pre_hook(hook(i), with_kwargs=True).remove)
         for count, batch in enumerate(batches, 1):
             try:
-                _run(model, batch)
+                run_model(model, batch)
             except _LastLayerReached:
                 pass
             if any(len(of_layer) != count for of_layer in calls):
@@ -187,13 +187,13 @@ def _captured(
     return calls, first
 
 
-def _run(model: nn.Module, batch: TokenBatch) -> None:
-    """Not by `model(...)`, which may be compiled: hooks would be compiled in."""
+def run_model(model: nn.Module, batch: TokenBatch) -> Any:
+    """What a model gives for a batch. Not by `model(...)`, which may be compiled: hooks would be compiled in."""
     device = next(model.parameters()).device
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     if batch.positions is not None:
         kwargs["position_ids"] = batch.positions.to(device)
-    model.forward(batch.ids.to(device), **kwargs)
+    return model.forward(batch.ids.to(device), **kwargs)
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:

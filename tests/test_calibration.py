@@ -88,6 +88,57 @@ def test_layers_that_see_different_masks() -> None:
         torch.testing.assert_close(inputs, seen[0], rtol=1e-4, atol=1e-5)
 
 
+def uneven() -> LlamaForCausalLM:
+    """A Llama some of whose channels are large where matrices read them, and the weights that read them small."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[::16] *= 60
+                for reader in readers:
+                    reader.weight[:, ::16] /= 60
+    return model
+
+
+@pytest.mark.parametrize(
+    "method,form",
+    [("awq", "int4"), ("awq+gptq", "int4"), ("smoothquant", "int8_dynamic"), ("smoothquant+gptq", "int8_dynamic")],
+)
+def test_scales_spare_large_channels(method: str, form: str) -> None:
+    exact, rounded, calibrated = uneven(), uneven(), uneven()
+    llmcomp.quantize_(rounded, {"model.layers.*": form})
+    done = llmcomp.calibrate(calibrated, batches(2), {"model.layers.*": form}, method)
+    assert error(calibrated, exact) < 0.6 * error(rounded, exact)
+    assert len(done.quantized) == 14 and not done.unscaled
+    assert not torch.equal(
+        calibrated.model.layers[0].input_layernorm.weight, exact.model.layers[0].input_layernorm.weight
+    )
+
+
+def test_what_no_scale_goes_into_is_told() -> None:
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    done = llmcomp.calibrate(GPT2LMHeadModel(config).eval(), batches(1), {"*.mlp.*": "int4_g32"}, "awq")
+    assert done.unscaled.keys() == {"transformer.h.0.mlp.c_proj"} and "not scaled: what it reads" in str(done)
+
+
+def test_a_reader_that_stays_in_half_precision_is_scaled_without_loss() -> None:
+    model = uneven().bfloat16()
+    before = model.model.layers[0].self_attn.k_proj.weight.clone()
+    llmcomp.calibrate(model, batches(1), {"*.q_proj": "int4"}, "awq")
+    ratio = model.model.layers[0].self_attn.k_proj.weight.float() / before.float()
+    assert bool((ratio != 1).any()) and torch.equal(ratio.log2().round().exp2(), ratio)
+
+
+def test_a_budget_is_spent_before() -> None:
+    model = llama()
+    done = llmcomp.calibrate(model, iter(batches(2)), llmcomp.Budget(bits=5.0, formats=("int4", "int8")))
+    formats = {str(row.format) for row in done.quantized}
+    assert formats == {"int4", "int8"} and not done.left[1:]  # the embedding is the head's
+
+
 def test_dropout_is_off_meanwhile() -> None:
     model = llama().train()
     llmcomp.calibrate(model, batches(1), "int8")
@@ -112,17 +163,21 @@ def test_a_weight_that_is_not_finite_is_named_before_anything_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    "model,data,spec,raised,says",
+    "model,data,spec,method,raised,says",
     [
-        (llama, [], "int4", FormatError, "batches of token ids"),
-        (llama, batches(1), "int5", OptionError, "int4"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), batches(1), "int8", FormatError, "decoder"),
+        (llama, [], "int4", "gptq", FormatError, "batches of token ids"),
+        (llama, [torch.ones(3)], "int4", "gptq", FormatError, "float32 of shape"),
+        (llama, batches(1), "int5", "gptq", OptionError, "int4"),
+        (llama, batches(1), "int4", "gtpq", OptionError, "smoothquant.*found 'gtpq'"),
+        (llama, batches(1), "int4", "smoothquant", OptionError, "int8_dynamic"),
+        (llama, batches(1), llmcomp.Budget(bits=2), "gptq", OptionError, "at least 4"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), batches(1), "int8", "gptq", FormatError, "decoder"),
     ],
 )
 def test_refusals_leave_the_model_untouched(
-    model: object, data: list[Tensor], spec: str, raised: type[Exception], says: str
+    model: object, data: list[Tensor], spec: str, method: str, raised: type[Exception], says: str
 ) -> None:
     made = model()  # type: ignore[operator]
     with pytest.raises(raised, match=says):
-        llmcomp.calibrate(made, data, spec)
+        llmcomp.calibrate(made, data, spec, method)
     assert not any(isinstance(p, QuantizedTensor) for p in made.parameters())
