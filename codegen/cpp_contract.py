@@ -32,7 +32,7 @@ from llmcomp.codegen.cpp_body import (
     print_phases,
 )
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
-from llmcomp.codegen.cpp_packed import header, numbers, tile, weights_type
+from llmcomp.codegen.cpp_packed import header, numbers, operand_type, tile, weights_type
 from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
 from llmcomp.codegen.kernel import (
     Accumulator,
@@ -190,8 +190,7 @@ class _Printer:
     def operand_type(self) -> str:
         graph = MEMORY_TYPES[self.kernel.operand_dtype]
         if self.packing is not None:
-            kind = "Dynamic" if self.packing.format.dynamic else "Operand"
-            return f"packed::{kind}<{weights_type(self.kernel, self.packing)}, {graph}>"
+            return operand_type(self.kernel, self.packing)
         kind = "ColumnOperand" if self.wide else "Operand"
         return f"contract::{kind}<{self.weight_type}, {graph}>"
 

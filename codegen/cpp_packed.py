@@ -3,16 +3,32 @@
 import sympy
 import torch
 
+from llmcomp.codegen.build import cpu_features
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
 from llmcomp.formats import Format, Int4, Mxfp4
+from llmcomp.two_four import TwoFour
 
 
 def header(packing: Packing | None) -> str:
     """The header that a kernel of such weights builds on."""
     if packing is None:
         return "contract"
+    if isinstance(packing.format, TwoFour):
+        return "sparse"
     return "dynamic" if packing.format.dynamic else "packed"
+
+
+def expands() -> bool:
+    """Whether this machine expands 2:4 sparse weights in one instruction, and multiplies them in another."""
+    features = cpu_features().split()
+    return "avx512_vbmi2" in features and "avx512_bf16" in features
+
+
+def operand_type(kernel: Contract, packing: Packing) -> str:
+    """The type that packs the operand for such weights."""
+    kind = "Dynamic" if packing.format.dynamic else "Sparse" if isinstance(packing.format, TwoFour) else "Operand"
+    return f"packed::{kind}<{weights_type(kernel, packing)}, {MEMORY_TYPES[kernel.operand_dtype]}>"
 
 
 def numbers_name(kernel: Contract) -> str:
@@ -25,6 +41,8 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
     dtypes = {b.name: b.dtype for b in kernel.buffers}
     scale = MEMORY_TYPES[torch.bfloat16 if packing.scale is None else dtypes[packing.scale]]
     form = packing.format
+    if isinstance(form, TwoFour):
+        return f"packed::TwoFour<{MEMORY_TYPES[kernel.operand_dtype]}>"
     if form.bits == 4:
         zeros = "false" if packing.zero is None else "true"
         return f"packed::Nibbles<{scale}, {form.group}, {zeros}, packed::{_kind(form)}>"

@@ -28,8 +28,9 @@ from llmcomp.codegen.pull import Inner, Puller, Special, compute_dtype, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.formats import Format, parse_format
 from llmcomp.graph import is_contiguous
-from llmcomp.products import PACKED, bias_of, ends_of, is_product, operand_of
+from llmcomp.products import PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
 from llmcomp.region import Region, Unfit
+from llmcomp.two_four import TwoFour
 
 
 def linears(region: Region) -> list[Node]:
@@ -361,13 +362,15 @@ def _accumulating(
 
 def storage(layer: Node) -> Format | None:
     """The format in which the weight of a layer is stored, None where it is dense."""
+    if layer.target is TWO_FOUR:
+        return TwoFour()
     return parse_format(str(layer.args[5])) if layer.target is PACKED else None
 
 
 def row_scale(layer: Node) -> Node | None:
     """The scales of a quantized weight, where there is one for each row."""
     form = storage(layer)
-    if form is None or form.group:
+    if form is None or form.group or layer.target is TWO_FOUR:
         return None
     scale = layer.args[2]
     assert isinstance(scale, Node)
@@ -376,15 +379,16 @@ def row_scale(layer: Node) -> Node | None:
 
 def _packed(layer: Node, form: Format, prologue: Puller) -> K.Weight:
     """The matrix of a layer whose weight is quantized; its parts lie in memory, row after row."""
-    codes, scale, zero = layer.args[1:4]
+    codes, scale, zero = layer.args[1:4] if layer.target is PACKED else (layer.args[1], None, None)
     for part in (codes, scale, zero):
         if isinstance(part, Node) and (not prologue.in_memory(part) or not is_contiguous(fake(part))):
             raise Unfit(f"the quantized weight of {layer.name} is computed")
-    assert isinstance(codes, Node) and isinstance(scale, Node)
+    assert isinstance(codes, Node)
     row = size(fake(codes).shape[1])
     buffer = prologue.buffer(codes, "weight").name
     if not form.group:
         return K.Weight(buffer, row, sympy.Integer(1), packing=K.Packing(form))
+    assert isinstance(scale, Node)
     zeros = prologue.buffer(zero, "zero").name if isinstance(zero, Node) else None
     packing = K.Packing(form, size(fake(scale).shape[1]), prologue.buffer(scale, "scale").name, zeros)
     return K.Weight(buffer, row, sympy.Integer(1), packing=packing)

@@ -26,6 +26,7 @@ from llmcomp.graph import text, val
 from llmcomp.passes.prune import FACTS
 from llmcomp.passes.zero_structure import PREPARED, Zero, share_of_zeros
 from llmcomp.report import Program
+from llmcomp.two_four import NotTwoFour
 
 log = logging.getLogger("llmcomp")
 
@@ -221,12 +222,18 @@ class PreparedProgram:
             return None
         results = None
         if not any(w.is_inference() for w in weights) and all(_holds(check, inputs) for check in self.parts.checks):
-            results = tuple(_result(piece, inputs) for piece in self.parts.pieces)
+            results = self._made_of(inputs)
         refs = tuple(weakref.ref(w) for w in weights)
         state = _State(refs, _versions(weights), results, _versions(results or ()))
         alive = [s for s in self._states if s not in known and all(r() is not None for r in s.weights)]
         self._states = [state, *alive[: MODELS - 1]]
         return results
+
+    def _made_of(self, inputs: Sequence[Any]) -> tuple[Tensor, ...] | None:
+        try:
+            return tuple(_result(piece, inputs) for piece in self.parts.pieces)
+        except NotTwoFour:
+            return None
 
     def _in_full(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         with self._lock:

@@ -3,18 +3,21 @@
 linear(x, weight, bias, kn)
 grouped_linear(x, weight, ends, kn)
 packed_linear(x, codes, scale, zero, bias, format)
+two_four_linear(x, codes, bias)
 """
 
 import torch
 from torch.fx import Node
 
 import llmcomp.ops
-import llmcomp.packed_ops  # noqa: F401  (both register operators)
+import llmcomp.packed_ops
+import llmcomp.two_four  # noqa: F401  (all three register operators)
 
 LINEAR = torch.ops.llmcomp.linear.default
 GROUPED = torch.ops.llmcomp.grouped_linear.default
 PACKED = torch.ops.llmcomp.packed_linear.default
-PRODUCTS = (LINEAR, GROUPED, PACKED)
+TWO_FOUR = torch.ops.llmcomp.two_four_linear.default
+PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR)
 
 
 def is_product(node: Node) -> bool:
@@ -38,6 +41,7 @@ def ends_of(node: Node) -> Node | None:
 
 def bias_of(node: Node) -> Node | None:
     """The vector that is added to every row, if any."""
-    bias = node.args[2] if node.target is LINEAR else node.args[4] if node.target is PACKED else None
+    at = {LINEAR: 2, PACKED: 4, TWO_FOUR: 2}.get(node.target)  # type: ignore[call-overload]
+    bias = None if at is None else node.args[at]
     assert bias is None or isinstance(bias, Node)
     return bias

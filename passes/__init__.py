@@ -23,7 +23,7 @@ from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
 from llmcomp.passes.recognize_norm import RECOGNIZE_NORM
 from llmcomp.passes.recognize_rope import RECOGNIZE_ROPE
 from llmcomp.passes.share import SHARE
-from llmcomp.products import GROUPED, PACKED
+from llmcomp.products import GROUPED, PACKED, TWO_FOUR
 from llmcomp.target import Target
 
 
@@ -80,6 +80,6 @@ def _left_to_library(target: Target) -> Library:
 
     def library(linear: Node) -> bool:
         grouped = linear.target is GROUPED
-        return target.name == "cpp" and linear.target is not PACKED and not grouped and rows(linear) > 16
+        return target.name == "cpp" and linear.target not in (PACKED, TWO_FOUR) and not grouped and rows(linear) > 16
 
     return library

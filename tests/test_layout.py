@@ -17,14 +17,14 @@ PACKAGES = {"llmcomp": "llmcomp", "llmcomp.passes": "passes", "llmcomp.codegen":
 
 # A module imports from lower layers and from its own; passes and codegen know nothing of each other. A module
 # of llmcomp/ that is not named here stands between them and the backend.
-BENCH = "gpu growing kernels machine model overhead peer process steps timing"
+BENCH = "gpu growing kernels llama_cpp machine model overhead peer process steps timing"
 LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
     ("llmcomp.formats", "llmcomp.nibbles", "llmcomp.dynamic"),
     (
         *("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
-        *("llmcomp.packed_ops", "llmcomp.products"),
+        *("llmcomp.packed_ops", "llmcomp.products", "llmcomp.two_four", "llmcomp.saliency"),
     ),
     ("llmcomp.cache_ops", "llmcomp.quantized_cache"),
     ("llmcomp.passes", "llmcomp.codegen"),

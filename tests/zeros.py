@@ -39,7 +39,9 @@ def drop(mlp: Mlp, channels: slice) -> None:
                 maker.bias[channels] = 0
 
 
-def pruned(fn: Function, inputs: Sequence[Any], *, dynamic: bool = False) -> tuple[str, Report, Split]:
+def pruned(
+    fn: Function, inputs: Sequence[Any], *, dynamic: bool = False, packs: bool = False
+) -> tuple[str, Report, Split]:
     """The text of the graph of `fn` after the pass, its report, the parts; all checked against the captured graph."""
     gm = capture(fn, *inputs, dynamic=dynamic)
     given = gm.meta["inputs"]
@@ -50,7 +52,7 @@ def pruned(fn: Function, inputs: Sequence[Any], *, dynamic: bool = False) -> tup
         if isinstance(x, Tensor) and not any(x is i for i in inputs)
     }
     before = run(gm)
-    results = run_passes(gm, (*recognizing(), prune(weights)), frozenset({SHAPES}))
+    results = run_passes(gm, (*recognizing(), prune(weights, packs)), frozenset({SHAPES}))
     printed = text(gm.graph)
     same(run(gm), before)
     parts = split(gm)

@@ -1,0 +1,165 @@
+"""2:4 sparse weights: packed and back, as kernels read them, and through the compiler."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmcomp
+from llmcomp.codegen.build import Compiler, find_compiler
+from llmcomp.codegen.cache import Cache
+from llmcomp.codegen.cpp_contract import render_contract
+from llmcomp.codegen.cpp_packed import expands
+from llmcomp.report import GraphReport
+from llmcomp.two_four import NotTwoFour, is_two_four, pack, unpack
+from tests.cpp_kernels import Call, Library, sanitize, size
+from tests.numerics import assert_no_worse
+from tests.quantizable import IDS, llama
+from tests.two_four_kernels import BF16, sparse_buffers, sparse_linear, two_four_weight
+from tests.zeros import pruned
+
+S0 = size("s0")
+SHAPES = [(256, 45), (704, 33), (2304, 64), (52, 3)]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n,k", [(5, 128), (3, 704), (1, 4), (7, 256)])
+def test_packed_and_back(n: int, k: int) -> None:
+    weight = two_four_weight(n, k)
+    codes = pack(weight)
+    assert codes.shape == (n, -(-k // 128) * 144) and codes.dtype == torch.uint8
+    assert torch.equal(unpack(codes, k), weight)
+
+
+def test_the_order_of_the_bits() -> None:
+    weight = torch.zeros(1, 128, dtype=BF16)
+    weight[0, [1, 17, 35]] = torch.tensor([1.0, 2.0, 3.0], dtype=BF16)
+    codes = pack(weight)[0]
+    masks = codes[:16].contiguous().view(torch.int32)
+    assert int(masks[0]) >> 2 & 3 == 3 and int(masks[1]) >> 6 & 1 == 1  # bits 2 i are columns i, 2 i + 1 columns 16 + i
+    assert all(int(m & 0xFFFFFFFF).bit_count() == 16 for m in masks.tolist())
+    values = codes[16:].contiguous().view(BF16)
+    assert sorted(values[values != 0].tolist()) == [1.0, 2.0, 3.0]
+
+
+def test_what_is_not_two_four() -> None:
+    weight = two_four_weight(4, 128)
+    weight[3, 8:11] = 1
+    assert not is_two_four(weight) and not is_two_four(torch.zeros(4, 6)) and not is_two_four(torch.zeros(4))
+    with pytest.raises(NotTwoFour):
+        pack(weight)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def compiler(folder: Path, *flags: str) -> Compiler:
+    native = find_compiler(Cache(folder))
+    assert native is not None
+    return replace(native, flags=(*native.flags, *flags))
+
+
+def check(library: Library, k: int, n: int) -> None:
+    for rows, threads in (
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (3, 2),
+        (4, 1),
+        (8, 1),
+        (9, 2),
+        (40, 2),
+    ):
+        buffers, exact = sparse_buffers(rows, k, n)
+        assert library.call(f"sparse_linear_{k}_{n}", buffers, [rows], threads) == 0
+        assert_no_worse(buffers[-1], exact.to(BF16), exact)
+
+
+@pytest.mark.parametrize("flags", [("-O0",), ("-O0", "-mno-avx512bf16"), ("-O0", "-mno-avx512f"), ("-O0", "-mno-avx")])
+def test_kernels(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    shapes = SHAPES if len(flags) == 1 else SHAPES[1:2]
+    library = Library(
+        [render_contract(sparse_linear(S0, k, n)) for k, n in shapes], tmp_path, compiler(tmp_path, *flags)
+    )
+    for k, n in shapes:
+        check(library, k, n)
+
+
+def test_optimized(tmp_path: Path) -> None:
+    check(Library([render_contract(sparse_linear(S0, 704, 33))], tmp_path), 704, 33)
+
+
+def test_nothing_outside_of_the_buffers_is_read(tmp_path: Path) -> None:
+    kernel = sparse_linear(S0, 160, 7)
+    calls = [Call(kernel, sparse_buffers(rows, 160, 7)[0], [rows]) for rows in (1, 11)]
+    assert sanitize(calls, tmp_path) == ""
+
+
+# ---- the pass and the compiler --------------------------------------------------------------------------------------
+
+
+def layer(dtype: torch.dtype = BF16) -> nn.Linear:
+    made = nn.Linear(256, 64).to(dtype)
+    with torch.no_grad():
+        made.weight.copy_(two_four_weight(64, 256))
+    return made.requires_grad_(False)
+
+
+def test_a_layer_of_few_rows_reads_packed_weights() -> None:
+    made = layer()
+    printed, report, parts = pruned(made, (torch.randn(2, 256).to(BF16),), packs=True)
+    assert report.rewrites == 1 and len(parts.pieces) == 1 and not report.near_misses
+    assert "llmcomp.pack_two_four(w0)" in printed and "llmcomp.two_four_linear(x0, pack_two_four, w1)" in printed
+
+
+@pytest.mark.parametrize(
+    "dtype,rows,packs,reason",
+    [
+        (BF16, 5, True, "5 rows meet them"),
+        (torch.float32, 1, True, "in bfloat16 alone"),
+        (BF16, 1, False, "no instruction"),
+    ],
+)
+def test_where_it_would_not_pay(dtype: torch.dtype, rows: int, packs: bool, reason: str) -> None:
+    _, report, _ = pruned(layer(dtype), (torch.randn(rows, 256).to(dtype),), packs=packs)
+    assert report.rewrites == 0 and reason in report.near_misses[0].reason
+
+
+def eager_tokens(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.generate(IDS, max_new_tokens=6, do_sample=False)  # type: ignore[operator, no-any-return]
+
+
+@pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
+def test_decoding(graphs: list[GraphReport]) -> None:
+    model = llama(spread=0.2).bfloat16()
+    llmcomp.prune_(model, "2:4")
+    tokens = eager_tokens(model)
+    model.forward = torch.compile(model.forward, backend="llmcomp")
+    assert torch.equal(eager_tokens(model), tokens)
+    rewritten = [r.report.rewrites for g in graphs for r in g.passes if r.name == "prune"]
+    assert 14 in rewritten
+
+
+@pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
+def test_weights_that_are_no_longer_sparse() -> None:
+    made = layer()
+    compiled, x = torch.compile(made, backend="llmcomp"), torch.randn(1, 256).to(BF16)
+    for change in (lambda: None, lambda: made.weight.mul_(2), lambda: made.weight.normal_(0, 0.1)):
+        with torch.no_grad():
+            change()
+            exact = nn.functional.linear(x.double(), made.weight.double(), made.bias.double())
+            assert_no_worse(compiled(x), made(x), exact)

@@ -1,0 +1,47 @@
+"""A linear layer whose weight is 2:4 sparse, as a kernel, and beside it the same with a dense weight."""
+
+import sympy
+import torch
+from torch import Tensor
+
+from llmcomp.codegen.kernel import Accumulator, Axis, Buffer, Contract, Load, Packing, Section, Store, Weight
+from llmcomp.saliency import keep_of_groups
+from llmcomp.two_four import BYTES, COLUMNS, TwoFour, pack
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def sparse_linear(rows: int | sympy.Symbol, k: int, n: int, dense: bool = False) -> Contract:
+    """out = x @ weight.T, in bfloat16."""
+    m, depth, column = (
+        Axis(sympy.Symbol(name, integer=True, nonnegative=True), sympy.sympify(size))
+        for name, size in (("m", rows), ("k", k), ("n", n))
+    )
+    operand = (Load("x", "x_ptr", m.symbol * k + depth.symbol, F32),)
+    epilogue = (Store("out_ptr", m.symbol * n + column.symbol, "acc"),)
+    row = sympy.Integer(k if dense else -(-k // COLUMNS) * BYTES)
+    weight = Weight("weight_ptr", row, sympy.Integer(1), packing=None if dense else Packing(TwoFour()))
+    buffers = (
+        Buffer("x_ptr", BF16),
+        Buffer("weight_ptr", BF16 if dense else torch.uint8),
+        Buffer("out_ptr", BF16, True),
+    )
+    sizes = (rows,) if isinstance(rows, sympy.Symbol) else ()
+    section = Section((column,), (Accumulator("acc", weight, column.symbol),), epilogue)
+    name = f"{'dense' if dense else 'sparse'}_linear_{k}_{n}"
+    return Contract(name, buffers, sizes, m, depth, operand, "x", BF16, (section,))
+
+
+def two_four_weight(n: int, k: int) -> Tensor:
+    """A matrix that is 2:4 sparse, with groups that hold less, and a row of zeros."""
+    weight = (torch.randn(n, k) / k**0.5).bfloat16()
+    weight *= keep_of_groups(weight.abs(), 2, 4)
+    weight[n // 2] = 0
+    weight[0, : k // 2 : 3] = 0
+    return weight
+
+
+def sparse_buffers(rows: int, k: int, n: int) -> tuple[list[Tensor], Tensor]:
+    """The buffers of `sparse_linear`, and its exact result in float64."""
+    x, weight = torch.randn(rows, k).bfloat16(), two_four_weight(n, k)
+    return [x, pack(weight), torch.zeros(rows, n, dtype=BF16)], x.double() @ weight.double().t()
