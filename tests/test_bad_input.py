@@ -316,6 +316,7 @@ torch.compile(lambda x: layer(x).sin(), backend="llmcomp")(torch.randn(2, 4)).su
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["right", "wrong"])
 def test_accuracy_minifier_flags_a_wrong_backend(program, tmp_path):
     environment = os.environ | {

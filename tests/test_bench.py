@@ -129,6 +129,7 @@ def test_bandwidth_is_that_of_a_machine() -> None:
     assert 1e8 < Bandwidth("cpu", 1).measure(repeats=1) < 1e13
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     dimensions = [f"{k}={v}" for k, v in SMALL.items()]
@@ -150,6 +151,7 @@ def test_overhead() -> None:
     assert str(found).startswith(f"one decoding step, {found.kernels} kernels, {found.inputs} inputs: ")
 
 
+@pytest.mark.slow
 def test_overhead_of_loops() -> None:
     setup = setup_of(parse(["--overhead", "--threads", "1", "--set", "num_hidden_layers=1"]))
     found = measure_loops(setup, rounds=2, new=17)

@@ -81,6 +81,7 @@ def test_steps_give_the_same_tokens_whoever_computes_them() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--device", "cpu", "--tiny", "--part", "attention", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "gpu.json").read_text())
@@ -90,6 +91,7 @@ def test_a_run_writes_what_it_knows(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.strip() == (tmp_path / "gpu.md").read_text().strip()
 
 
+@pytest.mark.slow
 def test_tests_without_a_gpu_are_skipped(asked: Asked) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -97,6 +99,7 @@ def test_tests_without_a_gpu_are_skipped(asked: Asked) -> None:
     assert "skipped in" in row.note and not bad(vars(row))
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_breaks_is_stopped(tmp_path: Path) -> None:
     args = bench_gpu.parse(["--device", "cpu", "--tiny"])
     assert run_part("kernels", args, tmp_path, 0.2)["rows"][-1]["note"] == "stopped after 0 s"

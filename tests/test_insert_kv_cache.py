@@ -141,7 +141,9 @@ def test_encoders_are_left_alone() -> None:
         assert "not causal" in obstacle(lambda i: model(input_ids=i)[0], inputs["input_ids"])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gemma2", "mixtral"))]
+)
 def test_architectures_of_transformers(name: str) -> None:
     model = models.causal_lm(name).build(torch.float32)
     with torch.no_grad():
@@ -162,6 +164,7 @@ def test_padding_is_read_by_position() -> None:
         check(gm, (5, 5, 1))
 
 
+@pytest.mark.slow
 def test_sizes_of_computed_tensors_are_not_cut() -> None:
     model = models.causal_lm("axk1").build(torch.float32)
     mask = torch.ones(2, 11, dtype=torch.int64)

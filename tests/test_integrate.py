@@ -162,6 +162,7 @@ MANY = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt2
     gpt_neox opt phi3 olmo2 bloom falcon stablelm starcoder2""".split()
 
 
+@pytest.mark.slow
 def test_sixteen_models_of_several_shapes_in_one_process(graphs):
     """All forwards of transformers share one code object: Dynamo's own limit is 8 graphs for all of them."""
     calls = []

@@ -133,6 +133,7 @@ def test_a_step_copies_nothing(graphs: list[GraphReport]) -> None:
     assert len(set(places)) == 1 and len(graphs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
     [
@@ -155,6 +156,7 @@ def test_left_padding() -> None:
     assert torch.equal(compiled.generate(**prompt, **GREEDY), expected)
 
 
+@pytest.mark.slow
 def test_a_loop_without_a_cache_keeps_codes(graphs: list[GraphReport]) -> None:
     eager, compiled = pair(llama, "int8")
     ids = tokens(1, 5)
@@ -189,6 +191,7 @@ def test_other_readers_of_a_key_see_what_is_kept(graphs: list[GraphReport], kv_d
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, expected, expected))
 
 
+@pytest.mark.slow
 def test_verify(graphs: list[GraphReport]) -> None:
     """Passes and kernels are measured against the graph that quantizes."""
     eager, compiled = pair(llama, "int8", verify=True)
@@ -196,6 +199,7 @@ def test_verify(graphs: list[GraphReport]) -> None:
     assert torch.equal(generated(compiled, input_ids=tokens(1, 9)).sequences, expected.sequences) and len(graphs) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=MORE)])
 def test_llmcomp_generate_keeps_codes(
     graphs: list[GraphReport], monkeypatch: pytest.MonkeyPatch, kv_dtype: str
@@ -211,6 +215,7 @@ def test_llmcomp_generate_keeps_codes(
     assert steps and all(p.report.near_misses == [] for g in steps for p in g.passes if p.name == "quantize_cache")
 
 
+@pytest.mark.slow
 def test_crops_reorders_and_a_returned_cache_go_on() -> None:
     eager, compiled = pair(llama, "int8")
     results = []

@@ -1,5 +1,7 @@
 """A dozen architectures end to end, compiled, equal to eager; the sweep runs them all."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.checks import CHECKS, exact_copy
 from tests.models import EXCLUDED, all_cases, case_named, causal_lm_cases
 from tests.numerics import Divergence, assert_no_worse, divergences, is_tie
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 # Each adds something: q/k norms, post-norms and soft caps, windows, Conv1D, parallel layers, alibi, experts,
 # sinks, latent attention, fused q/k/v, state-space layers.
 # The number is how much of the FLOPs and of the weight bytes has to be in generated kernels, in percent.
@@ -25,10 +28,10 @@ GENERATE = {
     "deepseek_v3": 90,
     "mamba": 90,
 }
-LOGITS = "llama bert-sequence modernbert-token whisper-speech t5".split()
-LEFT_PADDED = "llama gpt2".split()
-BEAMS = "gemma2 bart-seq2seq".split()
-BFLOAT16 = "llama qwen3 gemma2 gpt2 bloom mixtral bert-token".split()
+LOGITS = ("llama", "bert-sequence", "modernbert-token", *map(SLOW, ("whisper-speech", "t5")))
+LEFT_PADDED = ("llama", SLOW("gpt2"))
+BEAMS = ("gemma2", SLOW("bart-seq2seq"))
+BFLOAT16 = ("llama", "mixtral", *map(SLOW, "qwen3 gemma2 gpt2 bloom bert-token".split()))
 
 
 @pytest.mark.parametrize("name", GENERATE)

@@ -45,6 +45,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_nothing_leaks(graphs: list[GraphReport]) -> None:
     fast = torch.compile(Model(), backend="llmcomp", dynamic=True)

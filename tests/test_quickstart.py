@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_quickstart_streams_the_tokens_of_eager(tmp_path: Path) -> None:
     command = [sys.executable, "examples/quickstart.py", "--new-tokens", "12", "--no-inductor"]
     environment = {**os.environ, "LLMCOMP_CACHE": str(tmp_path)}

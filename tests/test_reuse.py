@@ -189,6 +189,7 @@ def test_two_models_of_one_class_share_no_cache(fast: nn.Module, kinds: list[str
     check(fast, tokens)
 
 
+@pytest.mark.slow
 def test_caches_go_with_their_weights() -> None:
     model = sm.Decoder(sm.Design()).requires_grad_(False)
     call = torch.compile(model, backend="llmcomp", dynamic=True)

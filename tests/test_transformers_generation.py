@@ -280,6 +280,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_outcome_is_told(checkout: Path) -> None:
     names = [f"LlamaModelTest::test_{n}" for n in ("marked", "skips", "generates", "fails", "of_something_else")]
     outcomes = list(run(str(checkout), "llama", names))
