@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 import llmcomp
 from llmcomp.errors import FormatError, OptionError
@@ -99,6 +100,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
 def test_unknown_formats_are_refused_where_they_are_written(weights: object) -> None:
     with pytest.raises(OptionError, match="int4|int8"):
         llmcomp.QuantizationConfig(weights)  # type: ignore[arg-type]
+
+
+def test_registering_twice_changes_nothing() -> None:
+    llmcomp.QuantizationConfig()
+    merge = AutoHfQuantizer.merge_quantization_configs
+    llmcomp.QuantizationConfig()
+    assert AutoHfQuantizer.merge_quantization_configs is merge
 
 
 def test_a_config_may_load_two_models(tmp_path: Path) -> None:

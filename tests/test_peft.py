@@ -65,6 +65,16 @@ def test_training_lowers_the_loss_and_moves_adapters_alone(compiled: bool) -> No
             assert isinstance(parameter, QuantizedTensor) and torch.equal(parameter.codes, held[name].codes)
 
 
+def test_the_preparation_of_peft_for_few_bits() -> None:
+    base = llama().to(torch.bfloat16)
+    llmcomp.quantize_(base, "int4")
+    model = adapted("int4", peft.prepare_model_for_kbit_training(base)).train()
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    assert isinstance(weight, QuantizedTensor) and weight.dtype == torch.float32
+    model(IDS, labels=IDS).loss.backward()
+    assert len(gradients(model)) == 8
+
+
 def test_compiled_with_adapters_reads_packed_weights() -> None:
     model = adapted("int8").eval()
     eager = logits(model)

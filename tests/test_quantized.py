@@ -208,6 +208,16 @@ def test_kernels_read_other_scales_and_orders(name: str, scale: torch.dtype, row
         torch.testing.assert_close(torch.compile(made, backend="llmcomp")(x), made(x), rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_go_back_through_columns_in_another_order() -> None:
+    made, eager = nn.Linear(128, 20), torch.randn(3, 128, requires_grad=True)
+    made.weight = nn.Parameter(ordered(), requires_grad=False)
+    ours = eager.detach().clone().requires_grad_()
+    made(eager).square().sum().backward()
+    torch._dynamo.reset()
+    torch.compile(made, backend="llmcomp")(ours).square().sum().backward()
+    torch.testing.assert_close(ours.grad, eager.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_reads_packed_weights() -> None:
     made, x = layer("int8").eval(), torch.randn(2, 128)
     torch._dynamo.reset()
