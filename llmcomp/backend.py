@@ -8,6 +8,7 @@ Read this file first, then passes/__init__.py and codegen/kernel.py.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import dropwhile
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +92,8 @@ def compile_aten(
 
     `weights` are the values of its parameters, by the names of the placeholders, where they hold zeros to be left out.
     """
-    if weights and (pruned := compile_pruned(gm, options, weights)) is not None:
+    pruned, told = compile_pruned(gm, options, weights) if weights else (None, ())
+    if pruned is not None:
         return pruned
     captured, start = len(gm.graph.nodes), time.perf_counter()
     target = usable(detect(options, devices(gm.graph)), options)
@@ -121,16 +123,16 @@ def compile_aten(
             program, plan, lambda cached: compile_cached(cached, options), options.kv_cache_bytes, options.verify
         )
     stages = (StageTime("passes", seconds), *program.report.stages)
-    return program, GraphReport(gm.meta.get("kind", ""), captured, results, program.report, stages)
+    return program, GraphReport(gm.meta.get("kind", ""), captured, (*told, *results), program.report, stages)
 
 
 def compile_pruned(
     gm: GraphModule, options: Options, weights: Mapping[str, torch.Tensor]
-) -> tuple[Program, GraphReport] | None:
-    """Compile a graph without the zeros of its weights; None where there is nothing to leave out."""
+) -> tuple[tuple[Program, GraphReport] | None, tuple[PassResult, ...]]:
+    """Compile a graph without the zeros of its weights; where there is nothing to leave out, None and the reasons."""
     target = usable(detect(options, devices(gm.graph)), options)
     if target.name == "reference":
-        return None
+        return None, ()
     packs = target.name == "cpp" and expands()
     less, passes = snapshot(gm), (*recognizing(), prune(weights, packs))
     kept = verify.Stages(less) if options.verify else None
@@ -138,13 +140,15 @@ def compile_pruned(
     results = run_passes(less, passes, frozenset({SHAPES}), bisect.gate(less, passes), watch)
     pruning = tuple(result for result in results if result.name == "prune")
     if not any(result.report.rewrites for result in pruning):
-        return None
+        return None, pruning
     dense, parts = snapshot(gm), split(less)
     main, report = compile_aten(parts.main, options)
     program: Program = PreparedProgram(main, parts, lambda: compile_cached(dense, options))
     if kept is not None:
         program = verify.VerifiedProgram(program, kept.stages)
-    return program, replace(report, passes=(*pruning, *report.passes))
+    done = {result.name for result in results}
+    again = dropwhile(lambda result: result.name in done, report.passes)  # they find nothing the second time
+    return (program, replace(report, passes=(*results, *again))), pruning
 
 
 def graphed(program: Executable, kind: object, options: Options) -> Program:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -76,11 +77,16 @@ def weights_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
     for node, value in zip(placeholders, flat, strict=True):
         if not node.meta.get("static") or not isinstance(value, Tensor):
             continue
-        if value.shape != val(node).shape or value.dtype != val(node).dtype or value.is_inference():
+        if value.shape != val(node).shape or value.dtype != val(node).dtype or not _readable(value):
             return {}
         found[node.name] = value
     matrices = (v for v in found.values() if v.dim() == 2 and v.is_floating_point())
     return found if any(share_of_zeros(v) > FEWEST_ZEROS for v in matrices) else {}
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether a tensor has values, and counts its changes."""
+    return not (isinstance(value, FakeTensor) or value.is_meta or value.is_inference())
 
 
 def _parts(value: Any) -> list[Any]:
@@ -249,20 +255,20 @@ def _holds(check: Check, inputs: Sequence[Any]) -> bool:
     return not bool(value.index_select(check.dim, where).any())
 
 
-@torch.no_grad()
 def _result(piece: Piece, inputs: Sequence[Any]) -> Tensor:
     """What a piece makes of weights, kept with the first of them."""
     given = [inputs[i] for i in piece.positions]
     if not given:
         constant: Tensor = piece.gm()
-        return constant
+        return constant  # as it was registered
     store: dict[str, _Made] = given[0].__dict__.setdefault(STORE, {})
     versions = _versions(given)
     found = store.get(piece.key)
     if found is not None and found.versions == versions and found.result._version == found.version:
         if all(r() is w for r, w in zip(found.others, given[1:], strict=True)):
             return found.result
-    result: Tensor = piece.gm(*given)
+    with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode count no changes
+        result: Tensor = piece.gm(*given)
     store[piece.key] = _Made(tuple(weakref.ref(w) for w in given[1:]), versions, result, result._version)
     return result
 

@@ -68,6 +68,33 @@ def test_compiled_decoder_equals_eager(graphs: list[GraphReport]) -> None:
     assert any(r.name == "prune" and r.report.rewrites for g in graphs for r in g.passes)
 
 
+def test_what_does_not_pay_is_said() -> None:
+    model = Mlp().requires_grad_(False)
+    llmcomp.prune_(model, "50%")
+    with torch.no_grad():
+        (graph,) = llmcomp.explain(model, X).graphs
+    (pruning,) = [result for result in graph.passes if result.name == "prune"]
+    assert pruning.report.rewrites == 0 and len(pruning.report.near_misses) == 3
+    assert "50% of its weights are zeros, scattered" in pruning.report.near_misses[0].reason
+
+
+def test_passes_are_reported_once() -> None:
+    with torch.no_grad():
+        (graph,) = llmcomp.explain(pruned_mlp(), X).graphs
+    found = {result.name: result.report.rewrites for result in graph.passes if result.name != "canonicalize"}
+    assert found["recognize_linear"] == 3 and found["recognize_gated"] == 1 and found["prune"] == 1
+    assert len([r for r in graph.passes if r.name == "recognize_gated"]) == 1
+
+
+def test_in_inference_mode() -> None:
+    model = pruned_mlp()
+    expected = model(X).detach()
+    compiled = torch.compile(model, backend="llmcomp")
+    with torch.inference_mode():
+        assert_equal_float32(compiled(X.clone()), expected)
+    check(compiled, model)
+
+
 def test_verify_goes_with_it() -> None:
     model = pruned_mlp()
     check(torch.compile(model, backend="llmcomp", options={"verify": True}), model)
