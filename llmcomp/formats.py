@@ -45,8 +45,8 @@ AT_ONCE = 2**24  # weights that are quantized together: several float32 copies o
 @dataclass(frozen=True)
 class Packed:
     """A quantized matrix (N, K): `codes` (N, K), or (N, K / 2 rounded up to 64 bytes) uint8 for 4 bits; `scale` (N,)
-    float32, or (N, K / group) bfloat16 (float16 or float32 where others stored them so), uint8 exponents for mxfp4; `zero`
-    (N, K / group) uint8 where there is one.
+    float32, or (N, K / group) bfloat16 (float16 or float32 where others stored them so), uint8 exponents for mxfp4;
+    `zero` (N, K / group) uint8 where there is one.
     """
 
     codes: Tensor
