@@ -11,6 +11,7 @@ from llmcomp.dynamic import multiply, quantize_tokens
 from llmcomp.formats import Fp8, Int8, parse_format
 from llmcomp.quantized import QuantizedTensor
 from tests.numerics import assert_equal_float32
+from tests.quantizable import IDS, llama
 
 NAMES = ("int8_dynamic", "fp8_dynamic")
 INT8, FP8 = Int8(dynamic=True), Fp8(dynamic=True)
@@ -104,6 +105,31 @@ def test_tables_are_looked_up_as_they_are() -> None:
     ids = torch.tensor([[3, 29], [0, 3]])
     assert torch.equal(table(ids), table.weight.dequantize()[ids])
     assert torch.equal(torch.compile(table, backend="llmcomp")(ids), table.weight.dequantize()[ids])
+
+
+def test_packed_bytes_are_what_a_step_reads() -> None:
+    model = llama()
+    llmcomp.quantize_(model, "int8_dynamic")
+    with torch.no_grad():
+        (graph,) = llmcomp.explain(model, IDS[:, :1]).graphs
+    kernels = [k for k in graph.program.kernels if any("packed_linear" in node for node in k.nodes)]
+    packed = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values() if isinstance(p, QuantizedTensor))
+    norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
+    assert len(kernels) == 2 * 4 + 1  # q/k/v, o, gate/up, down of two layers, and the head
+    assert packed <= sum(k.weight_bytes for k in kernels) <= packed + norms
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_compiled_models_equal_eager_ones(name: str, length: int) -> None:
+    model, plain = llama(spread=0.05), llama(spread=0.05)
+    llmcomp.quantize_(model, name)
+    llmcomp.quantize_(plain, name.removesuffix("_dynamic"))
+    with torch.no_grad():
+        eager, unrounded = model(IDS[:, :length]).logits, plain(IDS[:, :length]).logits
+        compiled = torch.compile(model, backend="llmcomp")(IDS[:, :length]).logits
+    # Sums in another order make a code another one now and then.
+    assert (compiled - eager).norm() < 0.2 * (unrounded - eager).norm()
 
 
 def test_the_option_quantizes_activations_too() -> None:

@@ -19,6 +19,7 @@ from llmcomp.passes import pipeline
 from llmcomp.passes.base import run_passes
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.partition import read_partition
+from llmcomp.quantization import quantize_
 from llmcomp.target import Target
 from tests.graphs import capture
 
@@ -94,6 +95,20 @@ def decode(model: PreTrainedModel, config: PretrainedConfig) -> list[str]:
 def test_a_decode_step_of_a_layer(config: PretrainedConfig, kernels: list[str]) -> None:
     torch.manual_seed(0)
     assert decode(AutoModelForCausalLM.from_config(config).eval(), config) == kernels
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8_dynamic", "fp8_dynamic"])
+def test_quantized_weights_take_no_more_kernels(name: str) -> None:
+    config = LlamaConfig(**SMALL)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    quantize_(model, name)
+    assert decode(model, config) == [
+        "attend attention",
+        "contract packed_linear_add",
+        "contract rms_norm_packed_linear_gated",
+        "contract packed_linear_add",
+        "contract rms_norm_packed_linear_rope_cache_write",
+    ]
 
 
 def test_an_encoder_layer_of_few_rows() -> None:
