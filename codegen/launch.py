@@ -245,7 +245,7 @@ def dot_config(shape: Product) -> Config:
         large = [_dot(shape, 64, 64, 32, 8, 2), _dot(shape, 64, 64, 16, 8, 2)]
         guesses = [*(large if rows > 64 else []), _dot(shape, 16 if rows <= 16 else 32, 32, 32, 8, 2)]
     elif rows > 64 and shape.quad == 4:  # words that are unpacked take registers
-        guesses = [_dot(shape, 64, 128 // min(shape.parts, 2), 64, 8, 3), _dot(shape, 64, 64, 64, 8, 3)]
+        guesses = [_dot(shape, 64, 128, 64, 8, 3)] if shape.parts == 1 else [_dot(shape, 64, 32, 64, 4, 3)]
     elif rows <= 16:
         guesses = [_dot(shape, 16, 32, 128, 4, 4)]
     elif rows <= 64:

@@ -1,17 +1,21 @@
 """Quantized weights in Triton Contracts: every format, both forms, odd sizes; and what the assembler makes of them."""
 
+from dataclasses import replace
+
 import pytest
 import sympy
 import torch
 
 from llmcomp.codegen.assemble import assemble
 from llmcomp.codegen.build import Source
+from llmcomp.codegen.kernel import Accumulator, Buffer, Contract, Packing, Weight
 from llmcomp.codegen.triton import render
 from llmcomp.dynamic import multiply
 from llmcomp.formats import NF4_TABLE, Packed, names, parse_format
 from tests.numerics import assert_equal_float32, assert_no_worse
 from tests.packed_kernels import packed_buffers, packed_linear, products
 from tests.test_assemble import assemblies
+from tests.test_triton_contract import gated, qkv
 from tests.triton_kernels import load, run
 from tests.triton_worker import assembled, interpreted
 
@@ -190,3 +194,36 @@ def test_prefill_multiplies_on_tensor_cores(name: str, dtype: torch.dtype) -> No
         (one,) = assemblies(packed_linear(S0, 2048, 2048, parse_format(name), dtype), (512,), capability)
         assert any(op.startswith(instruction) for op in one.instructions)
         assert one.widest_load == 16
+
+
+def with_codes(kernel: Contract, name: str) -> Contract:
+    """The kernel with weights of the same shapes in a storage format."""
+    form, buffers = parse_format(name), {b.name: b for b in kernel.buffers}
+    depth = int(kernel.depth.size)
+    one = form.quantize(torch.ones(1, depth))
+
+    def stored(a: Accumulator) -> Accumulator:
+        weight = a.weight.buffer
+        parts = {"": one.codes, "_scale": one.scale if form.group else None, "_zero": one.zero}
+        names = {part: weight + part for part, tensor in parts.items() if tensor is not None}
+        buffers.update({n: Buffer(n, parts[part].dtype) for part, n in names.items()})  # type: ignore[union-attr]
+        groups = sympy.Integer(depth // form.group if form.group else 0)
+        packing = Packing(form, groups, names.get("_scale"), names.get("_zero"))
+        return replace(a, weight=Weight(weight, sympy.Integer(one.codes.shape[1]), sympy.Integer(1), packing=packing))
+
+    sections = tuple(replace(s, accumulators=tuple(map(stored, s.accumulators))) for s in kernel.sections)
+    return replace(kernel, buffers=tuple(buffers.values()), sections=sections)
+
+
+@assembled
+@pytest.mark.parametrize("name", ["int4", "int8_dynamic"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_layers_of_a_model(name: str, capability: int) -> None:
+    """Norms in front of them, rotated heads and gates behind them, one to many rows."""
+    decode = [(with_codes(qkv(1, 2048, 32, 8, 64, BF16, normed), name), ()) for normed in (True, False)]
+    gate = with_codes(gated(S0, 2048, 8192, BF16), name)
+    for kernel, sizes in [*decode, (gate, (1,)), (gate, (4,))]:
+        (one,) = assemblies(kernel, sizes, capability)
+        assert one.narrowest_streamed_load == 16
+    (one,) = assemblies(gate, (512,), capability)
+    assert one.tensor_core_instructions > 0

@@ -3,6 +3,7 @@
     python -m tests.triton_sweep --json triton.json              goes on where the file ends
     python -m tests.triton_sweep --only llama,gpt2               without a file: always afresh
     python -m tests.triton_sweep --json triton.json --again llama
+    python -m tests.triton_sweep --json int4.json --weights int4_g32        with quantized weights
 
 Kernels that are equal are looked at once, in whatever model they come first. Each is run under the interpreter on
 what the model computes, then compiled for the launches that were seen, in a second process: Triton interprets or
@@ -26,6 +27,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+import llmcomp
 from llmcomp.codegen.build import Source
 from tests.checks import NEW_TOKENS, with_type_of
 from tests.children import report, run_all
@@ -71,9 +73,11 @@ class CaseRecord:
 # ---- running a model --------------------------------------------------------------------------------------
 
 
-def run_case(case: Case, dtype: torch.dtype, regions: Regions, flows: Sequence[str] = FLOWS) -> None:
-    """Run a model in the ways of `flows`, so that its kernels are seen."""
+def run_case(case: Case, dtype: torch.dtype, regions: Regions, flows: Sequence[str] = FLOWS, weights: str = "") -> None:
+    """Run a model in the ways of `flows`, so that its kernels are seen; with `weights` in a storage format."""
     model = case.build(dtype)
+    if weights:
+        llmcomp.quantize_(model, weights)
     torch._dynamo.reset()
     model.compile(backend=regions.backend)
     with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -101,13 +105,15 @@ def flows_of(case: Case) -> tuple[str, ...]:
 # ---- in a child that interprets ---------------------------------------------------------------------------
 
 
-def interpret_case(name: str, dtypes: Sequence[str], known: Collection[str]) -> None:
+def interpret_case(name: str, dtypes: Sequence[str], known: Collection[str], weights: str) -> None:
     """Report, for each dtype, the case and its kernels that are not yet known."""
     seen = set(known)
     for dtype in dtypes:
         regions = Regions(CALLS, known=seen)
         errors = [
-            error for flow in flows_of(case_named(name)) if (error := _run(case_named(name), dtype, flow, regions))
+            error
+            for flow in flows_of(case_named(name))
+            if (error := _run(case_named(name), dtype, flow, regions, weights))
         ]
         found = [_record(key, name, dtype, regions) for key in regions.kernels]
         seen |= regions.kernels.keys()
@@ -115,9 +121,9 @@ def interpret_case(name: str, dtypes: Sequence[str], known: Collection[str]) -> 
         report({"case": asdict(case), "kernels": [asdict(k) for k in found]})
 
 
-def _run(case: Case, dtype: str, flow: str, regions: Regions) -> str:
+def _run(case: Case, dtype: str, flow: str, regions: Regions, weights: str) -> str:
     try:
-        run_case(case, DTYPES[dtype], regions, [flow])
+        run_case(case, DTYPES[dtype], regions, [flow], weights)
     except Exception as error:
         return f"{flow}: {one_line(error)}"
     return ""
@@ -190,14 +196,15 @@ class Store:
             new.replace(self.path)
 
 
-def look_at(name: str, dtypes: Sequence[str], store: Store, timeout: float) -> list[KernelRecord]:
+def look_at(name: str, dtypes: Sequence[str], store: Store, timeout: float, weights: str) -> list[KernelRecord]:
     """Run both processes of a case; the kernels that are new."""
     with tempfile.TemporaryDirectory() as folder:
         known, texts = Path(folder) / "known.json", Path(folder) / "kernels.json"
         known.write_text(json.dumps(sorted(store.kernels)))
 
         def interpreting(left: Sequence[str]) -> list[str]:
-            return _child("--interpret", name, "--dtypes", ",".join(left), "--file", str(known))
+            of_weights = ["--weights", weights] if weights else []
+            return _child("--interpret", name, "--dtypes", ",".join(left), "--file", str(known), *of_weights)
 
         cases, kernels = [], {}
         for outcome in run_all(dtypes, interpreting, timeout, {"TRITON_INTERPRET": "1"}):
@@ -257,6 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="names of cases, with commas")
     parser.add_argument("--again", default="", help="names of cases to look at once more, with commas")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="with commas")
+    parser.add_argument("--weights", default="", help="a storage format for the weights")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds for each process of one case")
     parser.add_argument("--interpret", help=argparse.SUPPRESS)
     parser.add_argument("--assemble", help=argparse.SUPPRESS)
@@ -273,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         if args.interpret:
-            interpret_case(args.interpret, dtypes, json.loads(args.file.read_text()))
+            interpret_case(args.interpret, dtypes, json.loads(args.file.read_text()), args.weights)
         else:
             assemble_kernels(args.assemble.split(","), args.file)
         return 0
@@ -285,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         todo = [d for d in dtypes if (name, d) not in store.cases]
         if not todo:
             continue
-        found = look_at(name, todo, store, args.timeout)
+        found = look_at(name, todo, store, args.timeout, args.weights)
         failed = sum(bool(bad(k)) for k in found)
         print(f"{name:24} {len(found):4} new kernels, {failed} not ok", flush=True)
     return int(not print_summary(store, names))
