@@ -149,9 +149,14 @@ struct DynamicIntegers : contract::Packing<integers::Element, TOKENS, 64, 64> {
         }
         for (; k < depth; k += ELEMENTS)
             for (int64_t r = 0; r < R; ++r) step<C>(acc[0][r], integers::codes_part(w + r * ld + k, op::minimum(depth - k, ELEMENTS)), k);
-        for (int64_t r = 0; r < R; ++r)
-            for (int64_t c = 0; c < C; ++c)
-                out[c * ldo + r] = token(c).number(integers::sum(U == 2 ? acc[0][r][c] + acc[U - 1][r][c] : acc[0][r][c]));
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < C; ++c) {
+            Whole lanes[R];
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < R; ++r) lanes[r] = U == 2 ? acc[0][r][c] + acc[U - 1][r][c] : acc[0][r][c];
+            const Whole total = micro::sums(lanes);
+            for (int64_t r = 0; r < R; ++r) out[c * ldo + r] = token(c).number(total[r]);
+        }
     }
 
     template <int64_t C>
