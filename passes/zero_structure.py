@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from llmcomp.graph import is_view, source
+from llmcomp.ops import ACTIVATIONS
 from llmcomp.products import LINEAR, bias_of, operand_of
 
 aten = torch.ops.aten
@@ -19,7 +20,7 @@ PREPARED = "prepared"
 UNARY = (aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default, aten.neg.default)
 CASTS = (aten._to_copy.default,)
 SAMPLE = 64  # rows or columns that are looked at first
-VANISHING = ("silu", "relu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")  # activations of gated that are 0 at 0
+VANISHING = frozenset(ACTIVATIONS) - {"sigmoid"}  # activations of gated that are 0 at 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmcomp.ops import ACTIVATIONS
+from llmcomp.passes.zero_structure import VANISHING
 from tests.quantizable import IDS, llama
 from tests.zeros import Mlp, drop, pruned
 
@@ -52,6 +54,11 @@ def test_one_side_is_enough(which: str) -> None:
     _, report, parts = pruned(model, (X,))
     assert report.rewrites == 1
     assert [tuple(p.gm(*(torch.zeros(64, 32),)).shape) for p in parts.pieces if p.key.count(", 0, ")] == [(32, 32)] * 2
+
+
+def test_activations_that_are_zero_at_zero() -> None:
+    zero = torch.zeros(1)
+    assert {name for name, function in ACTIVATIONS.items() if float(function(zero)) == 0} == VANISHING
 
 
 def test_a_bias_counts() -> None:
