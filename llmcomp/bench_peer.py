@@ -29,7 +29,10 @@ from transformers.generation.streamers import BaseStreamer
 from llmcomp import bench_llama_cpp, compat, generation
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_steps import Steps
+from llmcomp.masks import release
+from llmcomp.pruning import prune_
 from llmcomp.quantization import quantize_
+from llmcomp.sparsity import Structured
 
 MARK = "bench:"
 
@@ -44,6 +47,7 @@ class Peer:
     static: bool = False  # a static cache, for which transformers compiles decoding itself
     weights: str = ""  # a format of ours for the weights, or (with another backend) the name of a config of torchao's
     environment: Mapping[str, str] = field(default_factory=dict)
+    pruned: str = ""  # a name that prune_ knows, or "channels": a quarter of those of the MLPs
 
 
 # Inductor's programmatic dependent launch; torch reads it when it starts.
@@ -77,6 +81,9 @@ PEERS = {
     "llmcomp-int4": Peer("llmcomp", weights="int4"),
     "llmcomp-int4_g32": Peer("llmcomp", weights="int4_g32"),
     "llmcomp-nf4": Peer("llmcomp", weights="nf4"),
+    "llmcomp-2:4": Peer("llmcomp", pruned="2:4"),
+    "llmcomp-channels": Peer("llmcomp", pruned="channels"),
+    "eager-2:4": Peer(None, pruned="2:4"),
     "torchao-int8": Peer("inductor", weights="Int8WeightOnlyConfig", environment=FREEZING),
     "llama.cpp-q8_0": Peer("llama.cpp", weights="Q8_0"),
     "llama.cpp-q4_0": Peer("llama.cpp", weights="Q4_0"),
@@ -191,6 +198,13 @@ def quantize(model: Any, peer: Peer) -> None:
     torchao.quantize_(model, getattr(torchao, peer.weights)())
 
 
+def prune(model: Any, peer: Peer) -> None:
+    """Prune the weights of the model as the peer has it."""
+    if peer.pruned:
+        prune_(model, Structured(channels=0.25) if peer.pruned == "channels" else peer.pruned)
+        release(model)  # nothing is trained, and masks take memory
+
+
 def serve_llama_cpp(peer: Peer, setup: Setup, base: float) -> None:
     """Serve the peer that runs no model of transformers."""
     library, size = bench_llama_cpp.serve(peer.weights, setup)
@@ -214,6 +228,7 @@ def main() -> None:
     if peer.backend == "llama.cpp":
         return serve_llama_cpp(peer, setup, base)
     model = setup.build()
+    prune(model, peer)
     quantize(model, peer)
     if peer.backend is not None and not peer.static:
         model.compile(backend=peer.backend, mode=peer.mode)

@@ -38,7 +38,8 @@ def is_two_four(weight: Tensor) -> bool:
     """Whether no group of four neighbours along k of (N, K) holds more than two numbers other than zero."""
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
-    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+    a, b, c, d = ((weight != 0).view(torch.uint8)[:, i::4] for i in range(4))
+    return bool((a + b + c + d <= 2).all())
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -54,9 +55,9 @@ def pack(weight: Tensor) -> Tensor:
     rows, blocks = len(padded), padded.shape[1] // COLUMNS
     kept = keep_of_groups((padded != 0).to(torch.uint8), 2, 4)
     kept, values = (_ordered(x.view(rows, blocks, 4, SIDE)) for x in (kept, padded))
-    bits = 2 ** torch.arange(8, device=weight.device)
-    masks = (kept.unflatten(-1, (-1, 8)) * bits).sum(-1).to(torch.uint8).flatten(2)
-    chosen = values[kept].view(rows, blocks, 4 * SIDE // 2).view(torch.uint8)
+    set_bits = kept.view(torch.uint8).unflatten(-1, (-1, 8))
+    masks = torch.stack([set_bits[..., i] << i for i in range(8)]).sum(0, dtype=torch.uint8).flatten(2)
+    chosen = values.view(torch.int16)[kept].view(rows, blocks, 4 * SIDE // 2).view(torch.uint8)
     return torch.cat([masks, chosen], -1).flatten(1)
 
 
