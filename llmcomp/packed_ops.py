@@ -32,8 +32,9 @@ def packed_linear(
     """x (..., K) times a quantized weight (N, K), plus bias (N,): (..., N), contiguous, dtype of x.
 
     Where the format is dynamic x is quantized, as llmcomp/dynamic.py says. Otherwise both sides are float32 (float64
-    where x is). Kernels accumulate in float32 too, but may round: the weight to the dtype of x where many rows meet it,
-    and on a CPU with integer dot products x to a 65,000th (float32: to a 16 millionth) of the largest of 128 neighbours.
+    where x is). Kernels accumulate in float32 too, but may round: the weight to the dtype of x where many rows meet
+    it, and on a CPU with integer dot products x to a 65,000th (float32: to a 16 millionth) of the largest of 128
+    neighbours.
     """
     form, packed = parse_format(format), Packed(codes, scale, zero)
     if form.dynamic:
