@@ -218,6 +218,7 @@ def test_the_instruction_of_the_machine(tmp_path: Path, name: str, flags: str, i
     assert re.search(instruction, assembly.read_text())
 
 
+@pytest.mark.slow
 def test_nothing_outside_of_the_buffers_is_read(tmp_path: Path) -> None:
     calls = []
     for name in ("int8_dynamic", "int4_g32"):

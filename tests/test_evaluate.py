@@ -58,6 +58,7 @@ def test_every_kind_of_name_quantizes(name: str, tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_the_table_begins_with_the_float_model() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     found = evaluate(small(), tokenizer, "import os\nimport sys\n" * 20, ["int4_g32"], window=32, rounds=0)

@@ -107,6 +107,7 @@ def test_values_are_those_of_the_checkpoint(tmp_path: Path, name: str) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gptq", "gptq desc_act", "fp8"])
 def test_compiled_and_saved_as_ours(tmp_path: Path, name: str) -> None:
     settings, pack, _ = CASES[name]

@@ -149,6 +149,7 @@ def test_ways_of_generating(way: dict[str, object]) -> None:
     assert torch.equal(compiled.generate(ids, **GREEDY, **way), expected)
 
 
+@pytest.mark.slow
 def test_left_padding() -> None:
     eager, compiled = pair(llama, "int8")
     prompt = left_padded((3, 9, 6))

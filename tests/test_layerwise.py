@@ -74,6 +74,7 @@ def test_layers_run_no_more_than_they_have_to() -> None:
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
+@pytest.mark.slow
 def test_hidden_states_of_one_layer_are_in_memory() -> None:
     model, data = llama(), [torch.randint(0, 300, (1, 37)) for _ in range(8)]
 

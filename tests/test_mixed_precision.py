@@ -55,6 +55,7 @@ def test_it_is_saved_where_it_matters_least() -> None:
     assert "model.embed_tokens" not in found
 
 
+@pytest.mark.slow
 def test_it_beats_one_format_for_all() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     ids = torch.tensor([tokenizer((FOLDER / "heldout.txt").read_text())["input_ids"][:4096]]).view(-1, 256)

@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import llmcomp.cache_ops
-import llmcomp.packed_ops  # noqa: F401  (both register operators)
+import llmcomp.packed_ops
+import llmcomp.two_four  # noqa: F401  (all register operators)
 from llmcomp.formats import Int4
 from llmcomp.ops import (
     ACTIVATIONS,
@@ -49,7 +50,12 @@ _packed = Int4(32).quantize(normal(5, 64))
 PACKED = (_packed.codes, _packed.scale, _packed.zero)
 SCALES = normal(2, 3, 4, 1).abs() + 0.1
 CODES = torch.randint(-127, 128, (2, 3, 4, 8), dtype=torch.int8)
+SPARSE = normal(5, 64, dtype=half) * torch.tensor([1.0, 0, 0, 1]).repeat(16).to(half)
 SAMPLES = {
+    "pack_two_four": Sample(ops.pack_two_four.default, (SPARSE,)),
+    "two_four_linear": Sample(
+        ops.two_four_linear.default, (normal(2, 3, 64, dtype=half), llmcomp.two_four.pack(SPARSE), None)
+    ),
     "cache_grow": Sample(ops.cache_grow.default, (normal(2, 3, 4, 8), 2, 2)),
     "cache_grow_outermost": Sample(ops.cache_grow.default, (normal(4, 8, dtype=half), 1, 0)),
     "cache_room": Sample(ops.cache_room.default, ([2, 3, 4, 8], 2, torch.float32, torch.device("cpu"))),

@@ -30,6 +30,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int4", "int8_dynamic"])
 def test_gradients_are_those_of_eager(form: str) -> None:
     model = adapted(form).train()
@@ -75,6 +76,7 @@ def test_the_preparation_of_peft_for_few_bits() -> None:
     assert len(gradients(model)) == 8
 
 
+@pytest.mark.slow
 def test_compiled_with_adapters_reads_packed_weights() -> None:
     model = adapted("int8").eval()
     eager = logits(model)

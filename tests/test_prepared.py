@@ -54,6 +54,7 @@ def test_fewer_bytes_are_read() -> None:
     assert "prune" in explained
 
 
+@pytest.mark.slow
 def test_compiled_decoder_equals_eager(graphs: list[GraphReport]) -> None:
     model = llama(spread=0.1)
     llmcomp.prune_(model, llmcomp.Structured(heads=0.5, channels=0.25))

@@ -163,6 +163,7 @@ def test_the_base_of_all_formats_is_none() -> None:
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
 def test_compiled_equals_eager(name: str) -> None:
     model = llama()
@@ -272,6 +273,7 @@ def test_the_option_sees_the_model_around_a_compiled_part() -> None:
     assert models_of([layer.weight]) == [layer] and wrapped is not None
 
 
+@pytest.mark.slow
 def test_explaining_the_option_leaves_the_model_as_it_was() -> None:
     model = llama()
     before = dict(model.named_parameters())

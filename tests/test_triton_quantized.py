@@ -56,6 +56,7 @@ def ours(model: Any) -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", ["int4_g32", "int8", "nf4_g32"])
 def test_prompts_and_steps(name: str) -> None:
@@ -66,6 +67,7 @@ def test_prompts_and_steps(name: str) -> None:
             assert_equal_float32(found, expected)
 
 
+@pytest.mark.slow
 @interpreted
 def test_prompts_and_steps_in_bfloat16() -> None:
     model = quantized("int4_g32", torch.bfloat16)
@@ -75,6 +77,7 @@ def test_prompts_and_steps_in_bfloat16() -> None:
             assert_no_worse(found, expected, truth)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", ["int8_dynamic"])
 def test_tokens_that_are_quantized(name: str) -> None:

@@ -102,6 +102,7 @@ def test_optimized(tmp_path: Path) -> None:
     check(Library([render_contract(sparse_linear(S0, 704, 33))], tmp_path), 704, 33)
 
 
+@pytest.mark.slow
 def test_nothing_outside_of_the_buffers_is_read(tmp_path: Path) -> None:
     kernel = sparse_linear(S0, 160, 7)
     calls = [Call(kernel, sparse_buffers(rows, 160, 7)[0], [rows]) for rows in (1, 11)]

@@ -50,8 +50,8 @@ def interpreted(test: Test) -> Test:
 
 
 def assembled(test: Test) -> Test:
-    """Run `test` in a process where Triton compiles, with no GPU."""
-    return _elsewhere("assembled", test)
+    """Run `test` in a process where Triton compiles, with no GPU; these are slow."""
+    return _elsewhere("assembled", pytest.mark.slow(test))
 
 
 def _elsewhere(kind: str, test: Test) -> Test:
@@ -61,12 +61,17 @@ def _elsewhere(kind: str, test: Test) -> Test:
 
     @functools.wraps(test)
     def look_up(**parameters: object) -> None:
-        found = outcomes(kind)
+        found = outcomes(kind, is_slow(look_up))
         failure = found[key(test, parameters)]
         if failure is not None:
             pytest.fail(failure, pytrace=False)
 
     return look_up
+
+
+def is_slow(test: Test) -> bool:
+    """Whether a test has the mark: those that don't are run without waiting for those that do."""
+    return any(mark.name == "slow" for mark in getattr(test, "pytestmark", []))
 
 
 def key(test: Test, parameters: dict[str, object]) -> str:
@@ -75,20 +80,20 @@ def key(test: Test, parameters: dict[str, object]) -> str:
 
 
 @functools.cache
-def outcomes(kind: str) -> dict[str, str | None]:
-    """For every test of `kind` its traceback, or None where it passed; shared by the processes of a run."""
+def outcomes(kind: str, slow: bool) -> dict[str, str | None]:
+    """For every test of `kind`, slow or not, its traceback or None; shared by the processes of a run."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(tempfile.gettempdir()) / f"llmcomp-triton-tests-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    report = folder / f"{kind}-{run}.json"
-    with open(folder / f"{kind}-{run}.lock", "w") as lock:
+    report = folder / f"{kind}-{'slow-' if slow else ''}{run}.json"
+    with open(report.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not report.exists():
-            _run(kind, report)
+            _run(kind, slow, report)
     return dict(json.loads(report.read_text()))
 
 
-def _run(kind: str, report: Path) -> None:
+def _run(kind: str, slow: bool, report: Path) -> None:
     environment = {
         **os.environ,
         KIND: kind,
@@ -96,7 +101,7 @@ def _run(kind: str, report: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    command = [sys.executable, "-m", "tests.triton_worker", str(report)]
+    command = [sys.executable, "-m", "tests.triton_worker", str(report), *(["slow"] if slow else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     if done.returncode != 0:
         raise RuntimeError(f"the {kind} process failed:\n{done.stdout}\n{done.stderr}")
@@ -105,12 +110,12 @@ def _run(kind: str, report: Path) -> None:
 # ---- inside such a process ------------------------------------------------------------------------------
 
 
-def runs(kind: str) -> Iterator[tuple[str, Test, dict[str, Any]]]:
-    """Every marked test of `kind` with every set of its parameters."""
+def runs(kind: str, slow: bool) -> Iterator[tuple[str, Test, dict[str, Any]]]:
+    """Every marked test of `kind`, slow or not, with every set of its parameters."""
     for name in MODULES:
         module = importlib.import_module(f"tests.{name}")
         for _, test in inspect.getmembers(module, inspect.isfunction):
-            if getattr(test, "kind", "") == kind and test.__module__ == module.__name__:
+            if getattr(test, "kind", "") == kind and is_slow(test) == slow and test.__module__ == module.__name__:
                 for parameters in _parameters(test):
                     yield key(test, parameters), test, parameters
 
@@ -125,10 +130,10 @@ def _parameters(test: Test) -> Iterator[dict[str, Any]]:
         yield {name: value for part in chosen for name, value in part.items()}
 
 
-def main(report: Path) -> None:
+def main(report: Path, slow: bool) -> None:
     """Run all tests of this process's kind and write the outcomes as JSON."""
     found: dict[str, str | None] = {}
-    for name, test, parameters in runs(os.environ[KIND]):
+    for name, test, parameters in runs(os.environ[KIND], slow):
         torch.manual_seed(0)
         try:
             test(**parameters)
@@ -141,4 +146,4 @@ def main(report: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), slow="slow" in sys.argv[2:])
