@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmcomp.formats import AT_ONCE, Format, grouped
+from llmcomp.formats import AT_ONCE, Format, grouped, rounded
 from llmcomp.moments import Moments
 
 GRID = 20  # exponents that are tried
@@ -38,11 +38,6 @@ def _of_channels(values: Tensor, channels: Tensor) -> Tensor:
     size = int(channels.max()) + 1
     total = values.new_zeros(size).index_add_(0, channels, values)
     return total / torch.bincount(channels, minlength=size)
-
-
-def rounded(weight: Tensor, form: Format) -> Tensor:
-    """What the codes of a matrix (N, K) stand for, in float32."""
-    return form.dequantize(form.quantize(weight), weight.shape[1], torch.float32)
 
 
 def _loss(weight: Tensor, found: Tensor, moments: Moments) -> float:

@@ -30,13 +30,11 @@ from llmcomp.quantization import (
     Spec,
     check_site,
     chosen,
-    is_conv,
-    names_of,
     prepare_saving,
     quantize_,
-    sites,
 )
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.sites import is_conv, names_of, sites
 from llmcomp.token_batches import Batches
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from llmcomp.calibration_method import Method
 from llmcomp.errors import OptionError
 from llmcomp.formats import Format, Packed, parse_format
-from llmcomp.quantization import Row, is_conv
+from llmcomp.quantization import Row
 from llmcomp.quantized import PARTS, QuantizedTensor
+from llmcomp.sites import is_conv
 from llmcomp.token_batches import TokenBatch
 
 VERSION = "1"  # of what calibration computes: raised when the same inputs give other weights

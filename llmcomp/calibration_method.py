@@ -20,7 +20,7 @@ from llmcomp.folding import Fold
 from llmcomp.formats import Format, Packed
 from llmcomp.gptq import gptq
 from llmcomp.moments import Moments
-from llmcomp.quantization import is_conv
+from llmcomp.sites import matrix
 from llmcomp.smoothquant import smoothing_scales
 
 METHODS = ("gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
@@ -75,7 +75,7 @@ class Method:
         Powers of two where a reader stays as it is in a half precision: those lose nothing.
         """
         readers = [r for r in fold.readers if r in formats]
-        weights, forms = [matrix(r) for r in readers], [formats[r] for r in readers]
+        weights, forms = [matrix(r).detach().float() for r in readers], [formats[r] for r in readers]
         if self._smooths:
             found = smoothing_scales(weights, forms, moments, fold.channels, self.alpha)
         else:
@@ -90,10 +90,3 @@ class Method:
         if self.name.endswith("gptq"):
             return gptq(weight, moments.second, form, self.damping)
         return form.quantize(clipped(weight, form, moments.second) if self.name == "awq" else weight)
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear module as (N, K), float32."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return (weight.detach().t() if is_conv(module) else weight.detach()).float()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llmcomp.folding import Fold, Form, fold, restored
 from llmcomp.layerwise import Step
-from llmcomp.quantization import is_conv, is_linear
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.sites import is_linear, matrix
 
 TOLERANCE = 1e-4  # of the norm of what the layer adds: kernels that give other roundings from run to run
 UNSCALED = "what it reads does not scale with"
@@ -134,10 +134,7 @@ def _linear_candidates(step: Step, run: _Run, reader: nn.Module) -> Iterator[Fol
     siblings = [m for m in others if _key(run.inputs[m]) == _key(run.inputs[others[0]])]
     columns = run.inputs[reader].shape[-1]
     for source in siblings:
-        weight = source.weight
-        assert isinstance(weight, Tensor)
-        outputs = weight.shape[1 if is_conv(source) else 0]
-        for rows, channels in _layouts(outputs, columns, _head_size(step, columns)):
+        for rows, channels in _layouts(matrix(source).shape[0], columns, _head_size(step, columns)):
             place = run.result.device
             yield Fold(source, Form.ROWS, rows.to(place), channels.to(place), (reader,))
 

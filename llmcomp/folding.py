@@ -19,7 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from llmcomp.quantization import is_conv
+from llmcomp.sites import matrix
 
 
 class Form(Enum):
@@ -79,9 +79,7 @@ def _into_norm(found: Fold, scales: Tensor) -> Tensor:
 
 
 def _into_rows(found: Fold, scales: Tensor) -> Tensor:
-    weight, bias = found.source.weight, found.source.bias
-    assert isinstance(weight, Tensor)
-    rows = weight.t() if is_conv(found.source) else weight
+    rows, bias = matrix(found.source), found.source.bias
     rows[found.rows] = (_wide(rows[found.rows]) / scales.to(rows.device)[:, None]).to(rows.dtype)
     if isinstance(bias, Tensor):
         bias[found.rows] = (_wide(bias[found.rows]) / scales.to(bias.device)).to(bias.dtype)
@@ -89,10 +87,8 @@ def _into_rows(found: Fold, scales: Tensor) -> Tensor:
 
 
 def _scale_columns(reader: nn.Module, scales: Tensor) -> None:
-    weight = reader.weight
-    assert isinstance(weight, Tensor)
-    matrix = weight.t() if is_conv(reader) else weight
-    matrix.copy_(_wide(matrix) * scales.to(matrix.device))
+    weight = matrix(reader)
+    weight.copy_(_wide(weight) * scales.to(weight.device))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -157,6 +157,11 @@ def check(weight: Tensor, format: Format) -> None:
         raise FormatError("expected finite weights to quantize, found NaN or infinity: repair the checkpoint")
 
 
+def rounded(weight: Tensor, form: Format) -> Tensor:
+    """What the codes of a matrix (N, K) stand for, in float32."""
+    return form.dequantize(form.quantize(weight), weight.shape[1], torch.float32)
+
+
 def grouped(values: Tensor, group: int) -> Tensor:
     """(..., K) as (..., groups, group); one group where `group` is 0."""
     return values.reshape(*values.shape[:-1], -1, group or values.shape[-1])

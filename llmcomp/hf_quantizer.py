@@ -35,8 +35,9 @@ from llmcomp import foreign
 from llmcomp.errors import FormatError
 from llmcomp.formats import Format, Packed, parse_format
 from llmcomp.layouts import Parts
-from llmcomp.quantization import Choice, chosen, is_conv, parse_choice
+from llmcomp.quantization import Choice, chosen, parse_choice
 from llmcomp.quantized import PARTS, QuantizedTensor
+from llmcomp.sites import is_conv
 
 METHOD = "llmcomp"
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from llmcomp.errors import FormatError
-from llmcomp.quantization import is_linear
+from llmcomp.sites import is_linear
 from llmcomp.token_batches import Batches, TokenBatch, token_batches
 
 Observer = Callable[[Tensor], None]
@@ -122,14 +122,21 @@ def layerwise(model: nn.Module, batches: Batches, title: str = "calibrating") ->
     Raises:
         FormatError: as `token_batches`; the model has no decoder layers, or does not run each once for a batch.
     """
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         walk = Walk(getattr(model, "_orig_mod", model), batches, title)
         yield walk
         walk.close()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile; each module is in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
-        for module, training in was_training.items():
+        for module, training in modes.items():
             module.training = training
 
 

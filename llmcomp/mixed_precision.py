@@ -26,9 +26,10 @@ from torch.nn.functional import log_softmax
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, bits_per_weight, parse_format
 from llmcomp.knapsack import best_options
-from llmcomp.layerwise import run_model
-from llmcomp.quantization import Site, check_site, chosen, is_linear, names_of, sites
+from llmcomp.layerwise import evaluating, run_model
+from llmcomp.quantization import check_site, chosen
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.sites import Site, is_linear, names_of, sites
 from llmcomp.token_batches import Batches, TokenBatch, token_batches
 
 DEFAULT = ("int4", "int4_g32", "int8")
@@ -95,17 +96,12 @@ def assign(model: nn.Module, batches: Batches, budget: Budget, tokens: int = 409
     """
     model = getattr(model, "_orig_mod", model)
     formats = budget.parsed
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         data = _some(token_batches(model, batches), tokens)
         choices = _choices(model, data, formats)
         taken = (
             _within_bits(choices, budget.bits) if budget.bits else _within_rise(model, data, choices, budget.rise or 0)
         )
-    finally:
-        for module, training in was_training.items():
-            module.training = training
     pairs = [
         (site, choice.options[i].format) for choice, i in zip(choices, taken, strict=True) for site in choice.sites
     ]
@@ -134,7 +130,9 @@ def _choices(model: nn.Module, data: Sequence[TokenBatch], formats: Sequence[For
         weights = sum(site.weight.numel() for site in unit)
         floats = Option(None, 8.0 * sum(site.weight.nbytes for site in unit), 0.0)
         of_unit = [
-            Option(form, sum(bits_per_weight(form, _shape(site)) * site.weight.numel() for site in unit), cost)
+            Option(
+                form, sum(bits_per_weight(form, tuple(site.matrix.shape)) * site.weight.numel() for site in unit), cost
+            )
             for (other, form), cost in zip(tried, costs, strict=True)
             if other is unit
         ]
@@ -171,11 +169,6 @@ def _fits(model: nn.Module, site: Site, form: Format) -> bool:
         return False
     check_site(site, form)
     return True
-
-
-def _shape(site: Site) -> tuple[int, ...]:
-    """(N, K)"""
-    return tuple(reversed(site.weight.shape)) if site.transposed else tuple(site.weight.shape)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.layerwise import layerwise
-from llmcomp.quantization import Site
 from llmcomp.saliency import keep_largest_of_rows, keep_of_groups, wanda
+from llmcomp.sites import Site
 from llmcomp.sparsegpt import sparsegpt
-from llmcomp.sparsity import NM, SparseGPT, Sparsity, Wanda
+from llmcomp.sparsity import NM, Part, SparseGPT, Sparsity
 from llmcomp.token_batches import Batches
 
 
@@ -68,11 +68,13 @@ def _compensates(by: Sparsity) -> bool:
 
 def _prune(site: Site, by: Sparsity, total: Tensor | None) -> Tensor:
     """Prune one matrix by what its inputs sum to, or by magnitude where that is not known; returns its mask."""
-    weight = site.weight.t() if site.transposed else site.weight
+    weight = site.matrix
     if total is not None and _compensates(by):
-        keep: float | tuple[int, int] = (by.n, by.m) if isinstance(by, NM) else by.sparsity  # type: ignore[attr-defined]
-        damping = by.damping if isinstance(by, SparseGPT) else SparseGPT.damping
-        left, mask = sparsegpt(weight, total, keep, damping)
+        if isinstance(by, SparseGPT):
+            left, mask = sparsegpt(weight, total, by.sparsity, by.damping)
+        else:
+            assert isinstance(by, NM)
+            left, mask = sparsegpt(weight, total, (by.n, by.m), SparseGPT.damping)
         weight.copy_(left)
     else:
         worth = weight.float().abs() if total is None else wanda(weight, total)
@@ -85,5 +87,5 @@ def _rule(by: Sparsity) -> Callable[[Tensor], Tensor]:
     """From what the weights are worth to the mask."""
     if isinstance(by, NM):
         return lambda worth: keep_of_groups(worth, by.n, by.m)
-    assert isinstance(by, Wanda | SparseGPT)
+    assert isinstance(by, Part)
     return lambda worth: keep_largest_of_rows(worth, by.sparsity)

@@ -11,7 +11,6 @@ Masks are zeros of the weights themselves, which every way of saving keeps; llmc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from llmcomp.errors import OptionError, PruneError
 from llmcomp.masks import held, hold
 from llmcomp.prune_data import prune_with_data
-from llmcomp.quantization import Site, is_linear, names_of, sites
 from llmcomp.quantized import QuantizedTensor
 from llmcomp.saliency import keep_largest, keep_of_groups
+from llmcomp.sites import Chosen, Site, by_function, by_patterns, is_linear, sites
 from llmcomp.sparsity import NM, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
 from llmcomp.token_batches import Batches, token_batches
 from llmcomp.units import unit_masks
@@ -154,7 +153,7 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
 
 def _misfit(site: Site, by: Sparsity) -> str | None:
     """Why a matrix can't be pruned so, or None."""
-    weight, columns = site.weight, site.weight.shape[0 if site.transposed else -1]
+    weight, columns = site.weight, site.matrix.shape[-1]
     if isinstance(weight, QuantizedTensor):
         return f"it is {weight.format}: prune a model before it is quantized"
     if weight.dtype not in FLOATS or 0 in weight.shape:
@@ -168,15 +167,13 @@ def _misfit(site: Site, by: Sparsity) -> str | None:
     return None
 
 
-def _chooser(model: nn.Module, spec: object) -> Callable[[Site], tuple[Sparsity | None, str]]:
+def _chooser(model: nn.Module, spec: object) -> Chosen[Sparsity]:
     if isinstance(spec, Sparsity):
         return lambda site: _of_one(site, spec)
     if isinstance(spec, Mapping):
-        patterns = [(str(pattern), _value(choice)) for pattern, choice in spec.items()]
-        _require_matches(model, [pattern for pattern, _ in patterns])
-        return lambda site: _of_patterns(model, site, patterns)
+        return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()})
     if callable(spec):
-        return lambda site: _of_function(model, site, spec)
+        return by_function(model, lambda name, module: _value(spec(name, module)))
     raise OptionError(
         f"expected a way of pruning, a mapping from patterns of module names to such or a function, found {spec!r}: "
         'pass "2:4", for example'
@@ -198,33 +195,6 @@ def _of_one(site: Site, by: Sparsity) -> tuple[Sparsity | None, str]:
     if not any(map(is_linear, site.holders)):
         return None, "it is an embedding"
     return (None, "it gives logits") if site.is_head else (by, "")
-
-
-def _of_patterns(
-    model: nn.Module, site: Site, patterns: Sequence[tuple[str, Sparsity | None]]
-) -> tuple[Sparsity | None, str]:
-    for pattern, by in patterns:
-        if any(fnmatchcase(name, pattern) for name, _ in names_of(model, site)):
-            return by, "" if by else f"{pattern!r} leaves it alone"
-    return None, "no pattern matches it"
-
-
-def _of_function(
-    model: nn.Module, site: Site, choose: Callable[[str, nn.Module], PruneChoice]
-) -> tuple[Sparsity | None, str]:
-    chosen = (_value(choose(name, module)) for name, module in names_of(model, site))
-    by = next((c for c in chosen if c is not None), None)
-    return by, "" if by else "the function leaves it alone"
-
-
-def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for site in sites(model) for name, _ in names_of(model, site)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(
-                f"expected every pattern to match a linear layer or an embedding, found {pattern!r}, which matches "
-                f"none: the names are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-            )
 
 
 @torch.no_grad()
@@ -262,7 +232,7 @@ def mask_of(weight: Tensor, by: Sparsity, transposed: bool = False) -> Tensor:
 
 def _prune_units(model: nn.Module, by: Structured, batches: Batches | None) -> Pruning:
     given = token_batches(model, _require_data(by, batches)) if by.needs_data else []
-    masks = unit_masks(model, by, [batch.ids for batch in given])
+    masks = unit_masks(model, by, given)
     rows = []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -279,7 +249,7 @@ def _hold(site: Site, mask: Tensor) -> None:
 
 def _hold_biases(site: Site) -> None:
     """Biases that are zero where a whole row of weights is belong to removed units."""
-    rows = (site.weight.t() if site.transposed else site.weight).flatten(1)
+    rows = site.matrix.flatten(1)
     for module in site.holders:
         bias = module._parameters.get("bias")
         if bias is not None and bool((removed := (bias == 0) & (rows == 0).all(1)).any()):

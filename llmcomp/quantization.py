@@ -10,7 +10,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -20,10 +19,10 @@ from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.sites import ROOT, Chosen, Site, by_function, by_patterns, is_linear, names_of, sites
 from llmcomp.torchao_weights import is_torchao, repacked
 
 Choice = Format | str | None
-ROOT = "(the layer itself)"  # a layer that is the model has no name
 Spec = Format | str | Mapping[str, Choice] | Callable[[str, nn.Module], Choice]
 
 
@@ -66,26 +65,6 @@ class Quantization:
         return "\n".join([*lines, f"{'together':40} {'':20} {before / 2**20:9.2f} -> {after / 2**20:8.2f} MiB"])
 
 
-@dataclass(frozen=True)
-class Site:
-    """A matrix of weights and every module that holds it: several where weights are tied.
-
-    `elsewhere` names a parameter that it is too, of a module that is neither a linear layer nor an embedding.
-    """
-
-    name: str
-    holders: tuple[nn.Module, ...]
-    weight: torch.Tensor
-    transposed: bool
-    is_head: bool
-    elsewhere: str = ""
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return self.name or ROOT
-
-
 def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool] = lambda weight: True) -> Quantization:
     """Quantize weights of `model` in place; returns what became of each.
 
@@ -111,7 +90,7 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
     return done
 
 
-def check_site(site: "Site", form: Format) -> None:
+def check_site(site: Site, form: Format) -> None:
     """Refuse a weight that a format can't hold.
 
     Raises:
@@ -120,7 +99,7 @@ def check_site(site: "Site", form: Format) -> None:
     if is_torchao(site.weight):
         return  # its values are kept
     try:
-        check(site.weight.t() if site.transposed else site.weight, form)
+        check(site.matrix, form)
     except FormatError as problem:
         raise FormatError(f"{site.label}: {problem}") from problem
 
@@ -139,7 +118,7 @@ def chosen(model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None) 
 
 def _planned(
     model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None
-) -> list[tuple["Site", Format | None, str]]:
+) -> list[tuple[Site, Format | None, str]]:
     """What becomes of every weight: its format, or the reason why it has none."""
     choose = _chooser(model, spec)
     planned: list[tuple[Site, Format | None, str]] = []
@@ -209,13 +188,13 @@ def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
     return any(found.quantized for found in done)
 
 
-def _misfit(site: "Site", form: Format) -> str | None:
+def _misfit(site: Site, form: Format) -> str | None:
     """Why a weight of this shape and dtype can't be stored in a format, or None."""
     if isinstance(site.weight, UninitializedParameter):
         return "the weight has no shape yet: run the model once"
     if site.elsewhere:
         return f"the weight is {site.elsewhere} too, of a module that reads no quantized weights"
-    columns = site.weight.shape[0 if site.transposed else 1]
+    columns = site.matrix.shape[1]
     if site.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the weight is {site.weight.dtype}"
     if 0 in site.weight.shape:
@@ -225,64 +204,8 @@ def _misfit(site: "Site", form: Format) -> str | None:
     return None
 
 
-def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[Site]:
-    """The matrices of linear layers and embeddings of a model, each once, in the order of its modules.
-
-    `tied`: pairs of names of parameters that count as one.
-    """
-    head, held = _head(model), _held(model, tied or {})
-    for parameters in held.values():
-        holders = [(name, m) for name, key, m in parameters if key == "weight" and _reads(m)]
-        linear = [pair for pair in holders if is_linear(pair[1])]
-        if not holders:
-            continue
-        name, module = (linear or holders)[0]
-        weight = module._parameters["weight"]
-        assert weight is not None
-        modules = tuple({id(m): m for _, m in holders}.values())
-        is_head = (bool(linear) and len(linear) < len(holders)) or any(m is head for m in modules)
-        others = [f"{name}.{key}".lstrip(".") for name, key, m in parameters if key != "weight" or not _reads(m)]
-        yield Site(name, modules, weight, is_conv(module), is_head, others[0] if others else "")
-
-
-def _held(model: nn.Module, tied: Mapping[str, str]) -> dict[int, list[tuple[str, str, nn.Module]]]:
-    """Every parameter by its identity: the modules that hold it, with their names and that of the attribute."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                of = named.get(tied.get(f"{name}.{key}", ""), parameter)
-                found.setdefault(id(of), []).append((name, key, module))
-    return found
-
-
-def _reads(module: nn.Module) -> bool:
-    """Whether a module takes its weight for a matrix that may be quantized."""
-    return is_linear(module) or isinstance(module, nn.Embedding)
-
-
-def is_conv(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer that keeps its weight as (K, N)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv(module)
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The layer that gives logits, where the model says which it is."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        head = get() if callable(get) else None
-    except (AttributeError, NotImplementedError):  # transformers' way of saying that there is none
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _chooser(model: nn.Module, spec: Spec) -> Callable[[Site], tuple[Format | None, str]]:
-    """What decides the format of a weight: (format, "") or (None, why not).
+def _chooser(model: nn.Module, spec: Spec) -> Chosen[Format]:
+    """What decides the format of a weight.
 
     Raises:
         OptionError: see `quantize_`.
@@ -292,11 +215,9 @@ def _chooser(model: nn.Module, spec: Spec) -> Callable[[Site], tuple[Format | No
         assert form is not None
         return lambda site: _of_one(site, form)
     if isinstance(spec, Mapping):
-        patterns = [(pattern, parse_choice(choice)) for pattern, choice in spec.items()]
-        _require_matches(model, [pattern for pattern, _ in patterns])
-        return lambda site: _of_patterns(model, site, patterns)
+        return by_patterns(model, {pattern: parse_choice(choice) for pattern, choice in spec.items()})
     if callable(spec):
-        return lambda site: _of_function(model, site, spec)
+        return by_function(model, lambda name, module: parse_choice(spec(name, module)))
     raise OptionError(
         f"expected a format, a mapping from patterns of module names to formats or a function, found {spec!r}: "
         'pass "int4", for example'
@@ -322,37 +243,6 @@ def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
     if not any(map(is_linear, site.holders)):
         return None, "it is an embedding"
     return (Int8() if site.is_head and form.bits == 4 else form), ""
-
-
-def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
-    """The modules that hold a weight, with their names."""
-    held = {id(holder) for holder in site.holders}
-    return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in held]
-
-
-def _of_patterns(
-    model: nn.Module, site: Site, patterns: Sequence[tuple[str, Format | None]]
-) -> tuple[Format | None, str]:
-    for pattern, form in patterns:
-        if any(fnmatchcase(name, pattern) for name, _ in names_of(model, site)):
-            return form, "" if form else f"{pattern!r} leaves it alone"
-    return None, "no pattern matches it"
-
-
-def _of_function(model: nn.Module, site: Site, choose: Callable[[str, nn.Module], Choice]) -> tuple[Format | None, str]:
-    chosen = (parse_choice(choose(name, module)) for name, module in names_of(model, site))
-    form = next((c for c in chosen if c is not None), None)
-    return form, "" if form else "the function leaves it alone"
-
-
-def _require_matches(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for site in sites(model) for name, _ in names_of(model, site)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(
-                f"expected every pattern to match a linear layer or an embedding, found {pattern!r}, which matches "
-                f"none: the names are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-            )
 
 
 def _bytes(weight: torch.Tensor) -> int:

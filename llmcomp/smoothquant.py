@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llmcomp.dynamic import multiply
-from llmcomp.formats import Format
+from llmcomp.formats import Format, rounded
 from llmcomp.moments import Moments
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -55,7 +55,4 @@ def _loss(weights: Sequence[Tensor], forms: Sequence[Format], rows: Tensor, colu
 
 
 def _product(rows: Tensor, weight: Tensor, form: Format) -> Tensor:
-    packed = form.quantize(weight)
-    if form.dynamic:
-        return multiply(rows, packed, form)
-    return linear(rows, form.dequantize(packed, weight.shape[1], torch.float32))
+    return multiply(rows, form.quantize(weight), form) if form.dynamic else linear(rows, rounded(weight, form))

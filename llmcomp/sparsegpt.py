@@ -27,12 +27,12 @@ def sparsegpt(
     """
     rest = weight.float().clone()
     factor = inverse_factor(moment.float().clone(), damping)
+    diagonal = factor.diagonal()
     rows, columns = rest.shape
     masks: list[Tensor] = []
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.zeros(rows, stop - start, device=rest.device)
-        diagonal = factor.diagonal()
         if isinstance(keep, float):
             masks.append(keep_largest((rest[:, start:stop] / diagonal[start:stop]).square(), keep))
         for k in range(start, stop):

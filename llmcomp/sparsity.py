@@ -33,14 +33,23 @@ class Sparsity:
 
 
 @dataclass(frozen=True)
-class Magnitude(Sparsity):
-    """The part `sparsity` of smallest magnitude, of each matrix or of all that this value prunes together."""
+class Part(Sparsity):
+    """A part `sparsity` of the weights, in [0, 1)."""
 
     sparsity: float = 0.5
-    scope: str = "tensor"
 
     def __post_init__(self) -> None:
         require_fraction("sparsity", self.sparsity)
+
+
+@dataclass(frozen=True)
+class Magnitude(Part):
+    """The part `sparsity` of smallest magnitude, of each matrix or of all that this value prunes together."""
+
+    scope: str = "tensor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require_one_of("scope", self.scope, SCOPES)
 
 
@@ -69,13 +78,8 @@ class NM(Sparsity):
 
 
 @dataclass(frozen=True)
-class Wanda(Sparsity):
+class Wanda(Part):
     """The part `sparsity` of every row whose product with the norm of their input over the data is smallest."""
-
-    sparsity: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
 
     @property
     def needs_data(self) -> bool:
@@ -83,14 +87,10 @@ class Wanda(Sparsity):
 
 
 @dataclass(frozen=True)
-class SparseGPT(Sparsity):
+class SparseGPT(Part):
     """The part `sparsity` whose removal costs least; `damping` times its mean is added to the moment's diagonal."""
 
-    sparsity: float = 0.5
     damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
 
     @property
     def needs_data(self) -> bool:
@@ -136,17 +136,12 @@ class Structured(Sparsity):
 
 
 @dataclass(frozen=True)
-class Movement(Sparsity):
+class Movement(Part):
     """The part `sparsity` that training moves towards zero most (Sanh et al. 2020, arXiv:2005.07683), of each matrix.
 
     For `llmcomp.PruningSchedule`: what a weight is worth is the sum over all steps of -weight * gradient, also while it
     is pruned; it comes back with the value that it had.
     """
-
-    sparsity: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
 
 
 @dataclass(frozen=True)

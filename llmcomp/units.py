@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.errors import FormatError, PruneError
-from llmcomp.layerwise import decoder_layers
-from llmcomp.quantization import is_conv, is_linear
+from llmcomp.layerwise import decoder_layers, evaluating, run_model
 from llmcomp.quantized import QuantizedTensor
+from llmcomp.sites import is_conv, is_linear, matrix
 from llmcomp.sparsity import Structured
+from llmcomp.token_batches import TokenBatch
 
 # The names that decoders of transformers give: what makes the channels, and what reads them.
 MLPS = (
@@ -43,7 +44,7 @@ class Block:
     count: int
 
 
-def unit_masks(model: nn.Module, by: Structured, batches: Sequence[Tensor]) -> dict[int, Tensor]:
+def unit_masks(model: nn.Module, by: Structured, batches: Sequence[TokenBatch]) -> dict[int, Tensor]:
     """The masks that remove units, by the id of the parameter that each is for.
 
     Raises:
@@ -131,12 +132,6 @@ def _matching(
                 break
 
 
-def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (N, K)."""
-    weight = weight_of(module)
-    return weight.t() if is_conv(module) else weight
-
-
 def weight_of(module: nn.Module) -> nn.Parameter:
     """The weight of a linear layer, as it keeps it."""
     weight = module._parameters["weight"]
@@ -192,7 +187,11 @@ def _drop_layer(masks: dict[int, Tensor], layer: nn.Module) -> None:
 
 
 def _worth(
-    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], by: Structured, batches: Sequence[Tensor]
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    blocks: Sequence[Block],
+    by: Structured,
+    batches: Sequence[TokenBatch],
 ) -> Mapping[str, Tensor]:
     """The worth of every unit of every block, by the name of the block; of the layers as "layers"."""
     measure = {"magnitude": _by_magnitude, "activation": _by_activation, "taylor": _by_taylor}[by.criterion]
@@ -206,7 +205,7 @@ def _of_units(values: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def _by_magnitude(
-    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[TokenBatch]
 ) -> Mapping[str, Tensor]:
     """Sums of squares: of the rows and columns of a unit, of the matrices of a layer."""
     found = {}
@@ -220,7 +219,7 @@ def _by_magnitude(
 
 @torch.no_grad()
 def _by_activation(
-    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[TokenBatch]
 ) -> Mapping[str, Tensor]:
     """Squares of what a unit adds to the output, without its signs; of a layer: 1 - cosine of its input and output."""
     squares: dict[str, Tensor] = {}
@@ -241,13 +240,13 @@ def _by_activation(
 
         return made
 
-    with _evaluating(model), ExitStack() as hooks:
+    with evaluating(model), ExitStack() as hooks:
         for block in blocks:
             hooks.callback(block.reader.register_forward_pre_hook(watch(block.name)).remove)
         for index, layer in enumerate(layers):
             hooks.callback(layer.register_forward_hook(passed(index), with_kwargs=True).remove)
-        for ids in batches:
-            model(ids.to(next(model.parameters()).device), use_cache=False)
+        for batch in batches:
+            run_model(model, batch)
     found = {}
     for block in blocks:
         read = matrix(block.reader).float().square().sum(0)
@@ -256,7 +255,7 @@ def _by_activation(
 
 
 def _by_taylor(
-    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block], batches: Sequence[TokenBatch]
 ) -> Mapping[str, Tensor]:
     """Sums over the batches of the square of what the loss would change by, to the first order."""
     found = {block.name: torch.zeros(block.count) for block in blocks} | {"layers": torch.zeros(len(layers))}
@@ -266,12 +265,11 @@ def _by_taylor(
     weights = [weight_of(m) for m in watched.values()]
     wanted = [w.requires_grad for w in weights]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for w in weights:
                 w.requires_grad_(True)
-            for ids in batches:
-                ids = ids.to(next(model.parameters()).device)
-                gradients = torch.autograd.grad(_loss(model, ids), weights)
+            for batch in batches:
+                gradients = torch.autograd.grad(_loss(model, batch), weights)
                 by_module = dict(zip(watched, gradients, strict=True))
                 for key, block in readers.items():
                     product = (weight_of(block.reader) * by_module[key]).detach().float()
@@ -286,21 +284,7 @@ def _by_taylor(
     return found
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(ids, use_cache=False).logits
+def _loss(model: nn.Module, batch: TokenBatch) -> Tensor:
+    logits = run_model(model, batch).logits
+    ids = batch.ids.to(logits.device)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-class _evaluating:
-    """Eval mode for the length of a block of code."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = {module: module.training for module in model.modules()}
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcomp.awq import awq_scales, clipped, rounded
-from llmcomp.formats import Int4, names, parse_format
+from llmcomp.awq import awq_scales, clipped
+from llmcomp.formats import Int4, names, parse_format, rounded
 from llmcomp.moments import Moments
 
 

@@ -1,0 +1,146 @@
+"""Where a model keeps its matrices, each once, and which of them a mapping of patterns or a function means."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from llmcomp.errors import OptionError
+
+T = TypeVar("T")
+Chosen = Callable[["Site"], tuple[T | None, str]]
+"""What is done to a matrix: (it, ""), or (None, why nothing is)."""
+ROOT = "(the layer itself)"  # a layer that is the model has no name
+
+
+@dataclass(frozen=True)
+class Site:
+    """A matrix of weights and every module that holds it: several where weights are tied.
+
+    `elsewhere` names a parameter that it is too, of a module that is neither a linear layer nor an embedding.
+    """
+
+    name: str
+    holders: tuple[nn.Module, ...]
+    weight: Tensor
+    transposed: bool
+    is_head: bool
+    elsewhere: str = ""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or ROOT
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (N, K), a view where it is kept as (K, N)."""
+        return self.weight.t() if self.transposed else self.weight
+
+
+def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[Site]:
+    """The matrices of linear layers and embeddings of a model, each once, in the order of its modules.
+
+    `tied`: pairs of names of parameters that count as one.
+    """
+    head, held = _head(model), _held(model, tied or {})
+    for parameters in held.values():
+        holders = [(name, m) for name, key, m in parameters if key == "weight" and _reads(m)]
+        linear = [pair for pair in holders if is_linear(pair[1])]
+        if not holders:
+            continue
+        name, module = (linear or holders)[0]
+        weight = module._parameters["weight"]
+        assert weight is not None
+        modules = tuple({id(m): m for _, m in holders}.values())
+        is_head = (bool(linear) and len(linear) < len(holders)) or any(m is head for m in modules)
+        others = [f"{name}.{key}".lstrip(".") for name, key, m in parameters if key != "weight" or not _reads(m)]
+        yield Site(name, modules, weight, is_conv(module), is_head, others[0] if others else "")
+
+
+def _held(model: nn.Module, tied: Mapping[str, str]) -> dict[int, list[tuple[str, str, nn.Module]]]:
+    """Every parameter by its identity: the modules that hold it, with their names and that of the attribute."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                of = named.get(tied.get(f"{name}.{key}", ""), parameter)
+                found.setdefault(id(of), []).append((name, key, module))
+    return found
+
+
+def _reads(module: nn.Module) -> bool:
+    """Whether a module takes its weight for a matrix that may be quantized."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer that keeps its weight as (K, N)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv(module)
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives logits, where the model says which it is."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # transformers' way of saying that there is none
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
+    """The modules that hold a weight, with their names."""
+    held = {id(holder) for holder in site.holders}
+    return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in held]
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (N, K), a view where it is kept as (K, N)."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.t() if is_conv(module) else weight
+
+
+# ---- which of them --------------------------------------------------------------------------------------------------
+
+
+def by_patterns(model: nn.Module, choices: Mapping[str, T | None]) -> Chosen[T]:
+    """The choice of the first pattern (as in `fnmatch`) that matches a name of a matrix; None leaves it alone.
+
+    Raises:
+        OptionError: a pattern matches no matrix.
+    """
+    names = [name for site in sites(model) for name, _ in names_of(model, site)]
+    for pattern in choices:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(
+                f"expected every pattern to match a linear layer or an embedding, found {pattern!r}, which matches "
+                f"none: the names are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+
+    def choose(site: Site) -> tuple[T | None, str]:
+        for pattern, choice in choices.items():
+            if any(fnmatchcase(name, pattern) for name, _ in names_of(model, site)):
+                return choice, "" if choice is not None else f"{pattern!r} leaves it alone"
+        return None, "no pattern matches it"
+
+    return choose
+
+
+def by_function(model: nn.Module, function: Callable[[str, nn.Module], T | None]) -> Chosen[T]:
+    """What a function of (name, module) chooses for one of the modules that hold a matrix; None leaves it alone."""
+
+    def choose(site: Site) -> tuple[T | None, str]:
+        found = (function(name, module) for name, module in names_of(model, site))
+        choice = next((c for c in found if c is not None), None)
+        return choice, "" if choice is not None else "the function leaves it alone"
+
+    return choose
