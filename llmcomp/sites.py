@@ -104,8 +104,8 @@ def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (N, K), a view where it is kept as (K, N)."""
-    weight = module._parameters["weight"]
-    assert weight is not None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     return weight.t() if is_conv(module) else weight
 
 
