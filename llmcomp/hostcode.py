@@ -32,9 +32,9 @@ from llmcomp.codegen.index import size
 from llmcomp.codegen.kernel import checks
 from llmcomp.codegen.lowered import destination
 from llmcomp.options import Options
-from llmcomp.region import Partition
+from llmcomp.region import Partition, sources
 from llmcomp.status import check_status, shared_status
-from llmcomp.storage import Storage, assign_storage, seen
+from llmcomp.storage import Storage, assign_storage
 from llmcomp.target import Target
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class HostWriter:
         self.bound: set[sympy.Symbol] = set()
         self.last_use: dict[Node, int] = {}
         self.plans: list[Source] = []
-        self.returned = frozenset(seen(gm.graph.output_node(), partition))
+        self.returned = frozenset(sources(gm.graph.output_node(), partition.inlined))
         self.namespace: dict[str, Any] = {
             "torch": torch,
             "math": math,  # what sizes are computed with
@@ -147,7 +147,7 @@ class HostWriter:
         self._bind_sizes(placeholders)
         for position, step in enumerate(steps):
             for node in step.region.nodes:
-                for source in seen(node, self.partition):
+                for source in sources(node, self.partition.inlined):
                     self.last_use[source] = position
         if self.storage.arena.offsets:
             self.line(f"arena = empty(({self.expr(self.storage.arena.size)},), dtype=torch.uint8)")

@@ -1,5 +1,6 @@
 """A region: the nodes of a graph that one kernel computes."""
 
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -28,6 +29,29 @@ class Partition:
 
     regions: tuple[Region, ...]
     inlined: frozenset[Node]
+
+
+def readers(node: Node, inlined: Set[Node]) -> Iterator[Node]:
+    """Nodes that read elements of `node`, seen through inlined nodes."""
+    return _through(node, inlined, lambda n: n.users)
+
+
+def sources(node: Node, inlined: Set[Node]) -> Iterator[Node]:
+    """Nodes whose elements `node` reads, seen through inlined nodes."""
+    return _through(node, inlined, lambda n: n.all_input_nodes)
+
+
+def _through(node: Node, inlined: Set[Node], neighbours: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    stack, done = list(neighbours(node)), set[Node]()
+    while stack:
+        found = stack.pop()
+        if found in done:
+            continue
+        done.add(found)
+        if found in inlined:
+            stack.extend(neighbours(found))
+        else:
+            yield found
 
 
 class Unfit(Exception):

@@ -1,6 +1,6 @@
 """Where the results of a program's kernels lie: in tensors of their own, or side by side in one block of memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from llmcomp.arena import Arena, Lifetime, plan_arena
 from llmcomp.codegen.index import sizes
 from llmcomp.codegen.lowered import destination
-from llmcomp.region import Partition
+from llmcomp.region import Partition, readers, sources
 from llmcomp.target import Target
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ def assign_storage(gm: GraphModule, partition: Partition, steps: "Sequence[Step]
     """Decide for every stored result whether it needs a tensor of its own, and place the others in the arena."""
     stored = {o for s in steps if s.lowered is not None for o in s.region.outputs if destination(o)[0] is o}
     step_of = {n: i for i, s in enumerate(steps) for n in s.region.nodes}
-    visible = set(seen(gm.graph.output_node(), partition))
+    visible = set(sources(gm.graph.output_node(), partition.inlined))
     for step in steps:
         if step.lowered is None:
-            visible.update(seen(step.region.nodes[0], partition))
+            visible.update(sources(step.region.nodes[0], partition.inlined))
     tensors = stored & visible if target.name == "cpp" else stored
     lifetimes = []
     for node in stored - tensors:
-        readers = [step_of[n] for n in _readers(node, partition) if n in step_of]
+        ends = [step_of[n] for n in readers(node, partition.inlined) if n in step_of]
         value = node.meta["val"]
         extent = _storage_elements(value) * value.dtype.itemsize
-        lifetimes.append(Lifetime(node, extent, step_of[node], max([step_of[node], *readers])))
+        lifetimes.append(Lifetime(node, extent, step_of[node], max([step_of[node], *ends])))
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     lifetimes.sort(key=lambda v: order[v.node])
     return Storage(plan_arena(lifetimes), frozenset(tensors))
@@ -51,29 +51,3 @@ def _storage_elements(value: torch.Tensor) -> sympy.Expr:
     return sympy.expand(
         1 + sympy.Add(*((n - 1) * s for n, s in zip(sizes(value.shape), sizes(value.stride()), strict=True)))
     )
-
-
-def seen(node: Node, partition: Partition) -> Iterator[Node]:
-    """Nodes whose values `node` reads as tensors, seen through inlined nodes."""
-    stack, done = list(node.all_input_nodes), set()
-    while stack:
-        source = stack.pop()
-        if source in done:
-            continue
-        done.add(source)
-        if source in partition.inlined:
-            stack.extend(source.all_input_nodes)
-        else:
-            yield source
-
-
-def _readers(node: Node, partition: Partition) -> Iterator[Node]:
-    stack, done = list(node.users), set()
-    while stack:
-        user = stack.pop()
-        if user in done:
-            continue
-        done.add(user)
-        yield user
-        if user in partition.inlined:
-            stack.extend(user.users)

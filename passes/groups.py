@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from llmcomp.graph import dependencies, views, written
 from llmcomp.quantized_cache import cache_tensor
-from llmcomp.region import Region
+from llmcomp.region import Region, readers, sources
 
 Label = tuple[str, int]
 # Why a region cannot be one kernel, or None where it can.
@@ -119,31 +119,11 @@ class Groups:
 
     def readers(self, node: Node) -> Iterator[Node]:
         """Users of a node's elements, seen through inlined nodes."""
-        seen: set[Node] = set()
-        stack = list(node.users)
-        while stack:
-            user = stack.pop()
-            if user in seen:
-                continue
-            seen.add(user)
-            if user in self.inlined:
-                stack.extend(user.users)
-            else:
-                yield user
+        return readers(node, self.inlined)
 
     def producers(self, node: Node) -> Iterator[Node]:
         """Nodes that a node reads, seen through inlined nodes; placeholders are left out."""
-        seen: set[Node] = set()
-        stack = list(node.all_input_nodes)
-        while stack:
-            source = stack.pop()
-            if source in seen:
-                continue
-            seen.add(source)
-            if source in self.inlined:
-                stack.extend(source.all_input_nodes)
-            elif source.op == "call_function":
-                yield source
+        return (n for n in sources(node, self.inlined) if n.op == "call_function")
 
     def acyclic(self, nodes: Iterable[Node]) -> bool:
         """Whether `nodes` can run as one kernel: nothing outside both waits for them and is waited for."""
