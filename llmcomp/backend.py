@@ -34,6 +34,7 @@ from llmcomp.quantization import quantize_inputs
 from llmcomp.reference import ReferenceProgram
 from llmcomp.report import GraphReport, Program, StageTime
 from llmcomp.reuse import ReusingProgram
+from llmcomp.static_cache import TakingOver, plain_caches, warn_of_plain, with_codes
 from llmcomp.target import cpu, detect
 
 EMPTY: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -71,7 +72,8 @@ def compile_model(
 ) -> Compiled:
     """Compile one Dynamo graph; `watch` sees the report of each ATen graph that it becomes.
 
-    With the option `weights`, the weights that the graph reads are quantized first, in the model itself.
+    With the option `weights`, the weights that the graph reads are quantized first, in the model itself. With
+    `kv_dtype`, caches of fixed size that it is given are from then on.
     """
     if options.weights is not None and quantize_inputs(example_inputs, options.weights):
         compat.trace_again("weights were quantized")
@@ -82,7 +84,12 @@ def compile_model(
         watch(report)
         return program
 
-    return Compiled(capture_graph(gm, example_inputs, compile_graph))
+    dtype = None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype]
+    plain = () if dtype is None else plain_caches(gm, example_inputs)
+    if dtype is None or not plain:
+        return Compiled(capture_graph(gm, example_inputs, compile_graph))
+    example_inputs = with_codes(gm, example_inputs, plain, dtype)
+    return Compiled(TakingOver(capture_graph(gm, example_inputs, compile_graph), plain, dtype))
 
 
 def compile_aten(
@@ -109,6 +116,7 @@ def compile_aten(
             kept.after_pass(p, gm, result)
 
     results = run_passes(gm, passes, frozenset({SHAPES}), bisect.gate(gm, passes), watch)
+    warn_of_plain(results, options.kv_dtype)
     seconds = time.perf_counter() - start
     program: Program
     if target.name == "reference":

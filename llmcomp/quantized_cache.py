@@ -120,11 +120,14 @@ def _rules() -> Mapping[object, Rule]:
     return {
         **dict.fromkeys(each, _each),
         **dict.fromkeys((aten.slice.Tensor, aten.index_select.default, aten.select.int), _along),
+        aten.roll.default: _roll,
+        aten.zero_.default: _zero_,
         aten.cat.default: _cat,
         aten.index.Tensor: _index,
         aten._to_copy.default: _moved,
         aten.copy_.default: _copy_,
         aten.index_copy_.default: _index_copy_,
+        aten.index_put_.default: _index_put_,
     }
 
 
@@ -139,12 +142,24 @@ def _along(func: OpOverload, x: QuantizedCacheTensor, dim: int = 0, *args: Any) 
     return QuantizedCacheTensor(func(x.codes, dim, *args), func(x.scale, dim, *args), x.dtype)
 
 
+def _roll(
+    func: OpOverload, x: QuantizedCacheTensor, shifts: Sequence[int], dims: Sequence[int] = ()
+) -> QuantizedCacheTensor | None:
+    if not dims or any(dim % x.dim() == x.dim() - 1 for dim in dims):
+        return None
+    return QuantizedCacheTensor(func(x.codes, shifts, dims), func(x.scale, shifts, dims), x.dtype)
+
+
 def _index(func: OpOverload, x: Tensor, indices: Sequence[Tensor | None]) -> QuantizedCacheTensor | None:
     """Rows by their numbers; a mask is for plain tensors, as it may reach to the channels."""
-    numbers = all(i is None or i.dtype in (torch.int64, torch.int32) for i in indices)
-    if not isinstance(x, QuantizedCacheTensor) or len(indices) >= x.dim() or not numbers:
+    if not isinstance(x, QuantizedCacheTensor) or not _takes_rows(x, indices):
         return None
     return QuantizedCacheTensor(func(x.codes, indices), func(x.scale, indices), x.dtype)
+
+
+def _takes_rows(x: Tensor, indices: Sequence[Tensor | None]) -> bool:
+    numbers = all(i is None or i.dtype in (torch.int64, torch.int32) for i in indices)
+    return numbers and len(indices) < x.dim()
 
 
 def _cat(func: OpOverload, parts: Sequence[Tensor], dim: int = 0) -> QuantizedCacheTensor | None:
@@ -175,6 +190,28 @@ def _index_copy_(func: OpOverload, x: Tensor, dim: int, index: Tensor, source: T
     if not isinstance(x, QuantizedCacheTensor) or dim % x.dim() == x.dim() - 1:
         return None
     codes, scale = _parts(source, x.codes.dtype)
-    func(x.codes, dim, index, codes)
+    try:
+        func(x.codes, dim, index, codes)
+    except NotImplementedError:  # of float8 in eager
+        func(x.codes.view(torch.uint8), dim, index, codes.view(torch.uint8))
     func(x.scale, dim, index, scale)
+    return x._written()
+
+
+def _index_put_(
+    func: OpOverload, x: Tensor, indices: Sequence[Tensor | None], source: Tensor, accumulate: bool = False
+) -> QuantizedCacheTensor | None:
+    if not isinstance(x, QuantizedCacheTensor) or not _takes_rows(x, indices) or accumulate:
+        return None
+    if source.dim() == 0 or source.shape[-1] != x.shape[-1]:  # one number for all channels
+        return None
+    codes, scale = _parts(source, x.codes.dtype)
+    func(x.codes, indices, codes)
+    func(x.scale, indices, scale)
+    return x._written()
+
+
+def _zero_(func: OpOverload, x: QuantizedCacheTensor) -> QuantizedCacheTensor:
+    func(x.codes)
+    func(x.scale)
     return x._written()

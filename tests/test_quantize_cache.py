@@ -17,6 +17,7 @@ from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.quantize_cache import quantize_cache
 from llmcomp.passes.recognize_append import RECOGNIZE_APPEND
 from llmcomp.passes.recognize_attention import RECOGNIZE_ATTENTION
+from llmcomp.passes.recognize_cache import RECOGNIZE_CACHE
 from llmcomp.quantized_cache import QuantizedCacheTensor
 from tests.graphs import capture, run
 
@@ -134,6 +135,68 @@ def test_a_window_is_a_part_of_codes_and_scales() -> None:
     assert report.rewrites == 1 and isinstance(results[1], QuantizedCacheTensor) and results[1].shape[2] == 3
 
 
+def test_a_buffer_that_is_made_and_returned_holds_codes() -> None:
+    def fn(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        keys = torch.zeros(B, H, 8, D)
+        keys.index_copy_(2, position, k * 2)
+        return F.scaled_dot_product_attention(q, keys, keys), keys
+
+    gm = capture(fn, values(1), values(2), torch.tensor([0, 1]))
+    before = run(gm)
+    results = run_passes(gm, (RECOGNIZE_CACHE, *PASSES), frozenset({SHAPES}))
+    assert_expected_inline(
+        text(gm.graph),
+        """\
+def (x0: f32[2, 3, 2, 4], x1: i64[2], x2: f32[2, 3, 1, 4])
+full: i8[2, 3, 8, 4] = aten.full([2, 3, 8, 4], 0, dtype=i8, device=cpu)
+full_1: f32[2, 3, 8, 1] = aten.full([2, 3, 8, 1], 0, dtype=f32, device=cpu)
+mul: f32[2, 3, 2, 4] = aten.mul(x0, 2)
+cache_scale: f32[2, 3, 2, 1] = llmcomp.cache_scale(mul, i8)
+cache_quantize: i8[2, 3, 2, 4] = llmcomp.cache_quantize(mul, cache_scale, i8)
+cache_write_ = llmcomp.cache_write_(full, cache_quantize, x1, 2)
+cache_write__1 = llmcomp.cache_write_(full_1, cache_scale, x1, 2)
+cache_dequantize: f32[2, 3, 8, 4] = llmcomp.cache_dequantize(full, full_1, f32)
+attention: f32[2, 3, 1, 4] = llmcomp.attention(x2, cache_dequantize, cache_dequantize, None, None, 0.5, False, 0, 0, 0.0)
+cache_tensor: f32[2, 3, 8, 4] = cache_tensor(full, full_1, f32)
+return (attention, cache_tensor)""",  # noqa: E501
+    )
+    after = run(gm)
+    assert results[3].report.rewrites == 1 and isinstance(after[1], QuantizedCacheTensor)
+    torch.testing.assert_close(after[1].dequantized(), before[1], rtol=0, atol=0.05)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (lambda keys: (keys[:, :, :4] + 0,), "does not return"),
+        (lambda keys: (keys, keys[:, :, :4]), "a part of the memory"),
+        (lambda keys: (keys,), "does not begin with zeros"),
+    ],
+    ids=["not returned", "a part", "not zeros"],
+)
+def test_a_buffer_that_is_no_cache_says_why(fn: Callable[[Tensor], tuple[Tensor, ...]], reason: str) -> None:
+    def made(q: Tensor, k: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        keys = torch.full((B, H, 8, D), float("zeros" in reason))
+        keys.index_copy_(2, position, k * 2)
+        return F.scaled_dot_product_attention(q, keys, keys), *fn(keys)
+
+    gm = capture(made, values(1), values(2), torch.tensor([0, 1]))
+    report = run_passes(gm, (RECOGNIZE_CACHE, *PASSES), frozenset({SHAPES}))[3].report
+    assert report.rewrites == 0 and any(re.search(reason, miss.reason) for miss in report.near_misses)
+
+
+def test_a_copied_part_is_memory_of_its_own() -> None:
+    def fn(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        keys = k * 2
+        return F.scaled_dot_product_attention(q, keys, keys), keys[:, :, -3:].clone()
+
+    _, report, results = rewritten(fn, values(), values())
+    held = results[1]
+    assert report.rewrites == 1 and isinstance(held, QuantizedCacheTensor)
+    assert held.codes.is_contiguous() and held.codes.untyped_storage().nbytes() == B * H * 3 * D
+
+
 def test_a_plain_past_is_quantized_once() -> None:
     def decode(q: Tensor, past: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         keys = torch.cat([past, k], 2)
@@ -147,7 +210,7 @@ def test_a_plain_past_is_quantized_once() -> None:
     ("fn", "reason"),
     [
         (lambda q, past, k: (F.scaled_dot_product_attention(q, k * 2, k * 2),), "does not return"),
-        (lambda q, past, k: (F.scaled_dot_product_attention(q, past, past), past * 2), "its caller holds"),
+        (lambda q, past, k: (F.scaled_dot_product_attention(q, past, past), past * 2), "their caller holds"),
         (lambda q, past, k: (F.scaled_dot_product_attention(q, k, (x := k * 2)), x.flatten(2)), "along the sequence"),
         (lambda q, past, k: (F.scaled_dot_product_attention(q, (x := k * 2), x), x[..., :2]), "along the sequence"),
     ],

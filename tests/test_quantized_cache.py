@@ -122,6 +122,33 @@ def test_writing_quantizes() -> None:
     assert isinstance(t, QuantizedCacheTensor) and torch.equal(t.dequantized(), expected)
 
 
+@DTYPES
+def test_what_caches_of_fixed_size_do_works_on_codes(dtype: torch.dtype) -> None:
+    t, new = held(values(), dtype), values(B, H, 1, D)
+    rolled = t.roll(-1, dims=-2)
+    rolled[:, :, torch.tensor([-1])] = new
+    assert isinstance(rolled, QuantizedCacheTensor)
+    assert torch.equal(rolled[:, :, :-1].dequantized(), t[:, :, 1:].dequantized())  # nothing is rounded twice
+    assert torch.equal(rolled[:, :, -1:].dequantized(), held(new, dtype).dequantized())
+    place = t.codes.data_ptr()
+    t.copy_(rolled)
+    assert torch.equal(t.dequantized(), rolled.dequantized()) and t.codes.data_ptr() == place
+    t.index_copy_(2, torch.tensor([1]), new)
+    assert torch.equal(t[:, :, 1:2].dequantized(), held(new, dtype).dequantized())
+    t.zero_()
+    assert not t.dequantized().any() and not t.codes.view(torch.uint8).any() and t.codes.data_ptr() == place
+
+
+def test_writes_that_reach_into_rows_work_on_what_they_stand_for() -> None:
+    t = held(values())
+    expected = t.dequantized()
+    for x in (t, expected):
+        x[:, :, torch.tensor([1])] = 2.0
+        torch.ops.aten.index_put_(x, [None, None, torch.tensor([2])], torch.ones(B, H, 1, D), True)
+    torch.testing.assert_close(t.dequantized(), expected, rtol=0, atol=0.05)
+    assert type(t.roll(1, dims=-1)) is Tensor and type(t.roll(1)) is Tensor
+
+
 def test_it_says_what_it_holds() -> None:
     t = held(values(1, 1, 1, 2))
     assert "int8" in repr(t) and t.element_size() == 4 and t.codes.element_size() == 1
