@@ -122,6 +122,23 @@ def test_batches(fast: nn.Module, kinds: list[str], monkeypatch: pytest.MonkeyPa
     check(fast, ids(11, batch=2))
 
 
+def test_results_of_several_rows_grow_in_place(fast: nn.Module, kinds: list[str]) -> None:
+    tokens = loop(fast, batch=3)
+    before = check(fast, torch.cat([tokens, tokens[:, :1]], 1))
+    after = check(fast, torch.cat([tokens, tokens[:, :2]], 1))
+    assert before[0].data_ptr() == after[0].data_ptr() and before[1].data_ptr() == after[1].data_ptr()
+    # Where eager's result is contiguous, callers may rely on it.
+    assert torch.equal(after[0].view(-1, sm.VOCAB), after[0].reshape(-1, sm.VOCAB))
+
+
+def test_results_of_several_rows_that_callers_write_into(fast: nn.Module, kinds: list[str]) -> None:
+    tokens = ids(14, batch=3)
+    for length in range(4, 15):
+        results = check(fast, tokens[:, :length])
+        results[0][:, -1] = -torch.inf
+    assert any(p._copies for p in reuse._reusing) and results[0].is_contiguous() and type(results[0]) is Tensor
+
+
 def test_results_that_callers_write_into_are_noticed(fast: nn.Module, kinds: list[str]) -> None:
     tokens = ids(14)
     for length in range(4, 15):
