@@ -14,7 +14,7 @@ def header(packing: Packing | None) -> str:
     """The header that a kernel of such weights builds on."""
     if packing is None:
         return "contract"
-    if isinstance(packing.format, TwoFour):
+    if isinstance(packing.format, TwoFour) or packing.format.two_four:
         return "sparse"
     return "dynamic" if packing.format.dynamic else "packed"
 
@@ -45,7 +45,10 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
         return f"packed::TwoFour<{MEMORY_TYPES[kernel.operand_dtype]}>"
     if form.bits == 4:
         zeros = "false" if packing.zero is None else "true"
-        return f"packed::Nibbles<{scale}, {form.group}, {zeros}, packed::{_kind(form)}>"
+        kind = "SparseNibbles" if form.two_four else "Nibbles"
+        return f"packed::{kind}<{scale}, {form.group}, {zeros}, packed::{_kind(form)}>"
+    if form.two_four:
+        return f"packed::SparseBytes<{scale}, {form.group}>"
     codes = dtypes[kernel.sections[0].accumulators[0].weight.buffer]
     return f"packed::Bytes<{MEMORY_TYPES[codes]}, {scale}, {form.group}>"
 

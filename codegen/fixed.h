@@ -132,7 +132,7 @@ struct Integers {
         float* out, int64_t ldo, const Weights& w, int64_t n, const X* x, const float* floats, int64_t ldf,
         int64_t depth, const Code* next
     ) {
-        constexpr int64_t BYTES = R * BLOCK * (Weights::STEP == BLOCK ? 1 : 2) / 2;
+        constexpr int64_t BYTES = R * Weights::BYTES;
         constexpr int64_t CHUNK = W / PER;  // blocks whose factors are made at once
         const int64_t blocks = (depth + BLOCK - 1) / BLOCK;
         Vec acc[R][C] = {}, shifted[R][C] = {};
@@ -156,7 +156,7 @@ struct Integers {
             const int64_t last = op::minimum(first + CHUNK, blocks);
             for (int64_t b = first; b < last; ++b, x += C, next += BYTES) {
                 if constexpr (R > 1)
-                    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
+                    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i + AHEAD, 0, 2);
 #pragma GCC unroll 4
                 for (int64_t r = 0; r < R; ++r) {
                     Run codes[RUNS];

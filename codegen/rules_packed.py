@@ -17,6 +17,8 @@ def dequantize(p: Puller, node: Node, index: Index) -> Argument:
     codes, scale, zero, name = node.args[:4]
     assert isinstance(codes, Node) and isinstance(scale, Node) and isinstance(name, str)
     form, lead, k = parse_format(name), index[:-1], index[-1]
+    if form.two_four:
+        raise Unfit(f"a single element of {form} is found by counting")
     group = (*lead, p.space.split(k, size(form.group))[0]) if form.group else lead
     saved, p.dtype = p.dtype, torch.float32
     try:

@@ -1,10 +1,10 @@
-// Tiles of weights that are 2:4 sparse, packed as llmcomp/two_four.py says: what packed.h needs to know of them.
+// Tiles of weights that are 2:4 sparse, stored as llmcomp/pairs.py says: what packed.h needs to know of them.
 #pragma once
 #include "packed.h"
 
 namespace packed {
 
-#if defined(__AVX512VBMI2__) && defined(__AVX512F__)
+#if defined(__AVX512VBMI2__) && defined(__AVX512F__) && defined(__AVX512BW__)
 #define LLMCOMP_EXPANDS 1
 #else
 #define LLMCOMP_EXPANDS 0
@@ -20,46 +20,182 @@ template <typename Graph>
 constexpr bool IN_PAIRS = false;
 #endif
 
+constexpr int64_t MASKS = BLOCK / 8;  // bytes of the masks of a block
+
+// Where the masks of a row of a matrix end and what is kept begins.
+INLINE int64_t kept_at(int64_t depth) { return (depth + BLOCK - 1) / BLOCK * MASKS; }
+
+template <typename T>
+INLINE T mask_at(const uint8_t* p) {
+    T bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return bits;
+}
+
+// A block of elements: those whose bits are set, in order, and `other` elsewhere.
+template <typename T>
+INLINE void expand_block(T* to, const uint8_t* masks, const T* kept, T other) {
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = masks[i / 8] >> i % 8 & 1 ? *kept++ : other;
+}
+
+#if LLMCOMP_EXPANDS
+struct Half {
+    uint8_t bytes[32];
+};
+typedef uint64_t Wide __attribute__((vector_size(64)));
+
+// 32 bytes, twice.
+INLINE Wide twice(const uint8_t* p) {
+    Wide v;
+    __asm__("vbroadcasti64x4 %1, %0" : "=v"(v) : "m"(*(const Half*)p));
+    return v;
+}
+
+// The next byte of `kept` wherever a bit is set, `other` elsewhere.
+template <typename V>
+INLINE V expand_bytes(Wide kept, uint64_t bits, V other) {
+    __asm__("vpexpandb %1, %0%{%2%}" : "+v"(other) : "v"(kept), "Yk"(bits));
+    return other;
+}
+#endif
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// What they have in common; `Dense` is how codes are read where all are stored.
+template <typename Self, typename Dense>
+struct SparseCodes : Dense {
+    static constexpr bool INTEGER = Dense::INTEGER;
+    static constexpr int64_t STEP = BLOCK;
+    using Dense::Dense;
+
+    MEMBER const uint8_t* masks(int64_t n, int64_t b) const { return (const uint8_t*)this->codes + n * this->ld + b * MASKS; }
+    MEMBER const uint8_t* kept(int64_t n, int64_t b, int64_t depth) const {
+        return (const uint8_t*)this->codes + n * this->ld + kept_at(depth) + b * Self::KEPT;
+    }
+
+    template <int64_t R, int64_t C, typename Code>
+    MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const Code*) const {
+        Vec acc[R][C] = {};
+        for (int64_t b = 0; b * BLOCK < depth; ++b, x += C * BLOCK)
+            for (int64_t r = 0; r < R; ++r) {
+                float w[BLOCK];
+                ((const Self*)this)->floats(w, n + r, b, depth);
+                for (int64_t i = 0; i < BLOCK; i += W)
+                    for (int64_t c = 0; c < C; ++c) acc[r][c] = fma(load<Vec>(w + i), load<Vec>(x + c * BLOCK + i), acc[r][c]);
+            }
+        micro::store_sums<R, C>(out, ldo, acc);
+    }
+
+    MEMBER void unpack(float* to, int64_t n, int64_t depth) const {
+        for (int64_t b = 0; b * BLOCK < depth; ++b) {
+            float block[BLOCK];
+            ((const Self*)this)->floats(block, n, b, depth);
+            __builtin_memcpy(to + b * BLOCK, block, op::minimum(BLOCK, depth - b * BLOCK) * sizeof(float));
+        }
+    }
+};
+
+template <typename Scale, int64_t GROUP>
+struct SparseBytes : SparseCodes<SparseBytes<Scale, GROUP>, Bytes<int8_t, Scale, GROUP>> {
+    static constexpr int64_t KEPT = BLOCK / 2, BYTES = MASKS + KEPT;
+    typedef SparseCodes<SparseBytes, Bytes<int8_t, Scale, GROUP>> Base;
+    SparseBytes(const uint8_t* codes, const Scale* scale, int64_t ld, int64_t ldg, int64_t groups)
+        : Base((const int8_t*)codes, scale, ld, ldg, groups) {}
+
+    MEMBER void runs(Run (&run)[BLOCK / ELEMENTS], int64_t n, int64_t b, int64_t depth) const {
+        const uint8_t *const masks = this->masks(n, b), *const kept = this->kept(n, b, depth);
+#if LLMCOMP_EXPANDS && defined(__AVX512VNNI__)
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < 2; ++i)
+            run[i] = expand_bytes(twice(kept + 32 * i), mask_at<uint64_t>(masks + 8 * i), Run{}) ^ uint8_t(integers::SHIFT);
+#else
+        int8_t line[BLOCK];
+        expand_block(line, masks, (const int8_t*)kept, int8_t(0));
+        for (int64_t i = 0; i < BLOCK / ELEMENTS; ++i) run[i] = integers::codes(line + i * ELEMENTS);
+#endif
+    }
+
+    MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
+        int8_t line[BLOCK];
+        expand_block(line, this->masks(n, b), (const int8_t*)this->kept(n, b, depth), int8_t(0));
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            const int64_t k = b * BLOCK + i;
+            to[i] = k >= depth ? 0.0f : line[i];
+            if constexpr (GROUP > 0)
+                if (k < depth) to[i] *= scale_of(this->scale[n * this->ldg + k / (GROUP ? GROUP : 1)]);
+        }
+    }
+};
+
+template <typename Scale, int64_t GROUP, bool ZEROS, typename Kind>
+struct SparseNibbles : SparseCodes<SparseNibbles<Scale, GROUP, ZEROS, Kind>, Nibbles<Scale, GROUP, ZEROS, Kind>> {
+    static constexpr int64_t KEPT = BLOCK / 4, BYTES = MASKS + KEPT;
+    typedef SparseCodes<SparseNibbles, Nibbles<Scale, GROUP, ZEROS, Kind>> Base;
+    using Base::Base;
+
+    // The code of nothing in the group of column `k`.
+    MEMBER uint8_t nothing(int64_t n, int64_t k) const {
+        if constexpr (!ZEROS) return Kind::SHIFT;
+        else return this->zero[n * this->ldg + op::minimum(k / GROUP, this->groups - 1)];
+    }
+
+    MEMBER void runs(Run (&run)[BLOCK / ELEMENTS], int64_t n, int64_t b, int64_t depth) const {
+        const uint8_t *const masks = this->masks(n, b), *const kept = this->kept(n, b, depth);
+#if LLMCOMP_EXPANDS && defined(__AVX512VNNI__)
+        const Run raw = (Run)twice(kept), codes[2] = {integers::lower(raw), integers::upper(raw)};
+#pragma GCC unroll 2
+        for (int64_t i = 0; i < 2; ++i) {
+            const int64_t k = b * BLOCK + 64 * i;
+            Run other = Run{} + nothing(n, k);
+            if constexpr (ZEROS && GROUP == 32) {
+                const Run second = Run{} + nothing(n, k + 32);
+                other = (Run)__builtin_shufflevector((Wide)other, (Wide)second, 0, 1, 2, 3, 8, 9, 10, 11);
+            }
+            run[i] = expand_bytes((Wide)codes[i], mask_at<uint64_t>(masks + 8 * i), other);
+        }
+#else
+        uint8_t line[BLOCK];
+        codes_of(line, n, b, depth);
+        for (int64_t i = 0; i < BLOCK / ELEMENTS; ++i) run[i] = integers::bytes(line + i * ELEMENTS);
+#endif
+    }
+
+    MEMBER void codes_of(uint8_t* to, int64_t n, int64_t b, int64_t depth) const {
+        const uint8_t *const masks = this->masks(n, b), *const kept = this->kept(n, b, depth);
+        uint8_t codes[BLOCK / 2];
+        for (int64_t i = 0; i < BLOCK / 2; ++i) codes[i] = i < KEPT ? kept[i] & 15 : kept[i - KEPT] >> 4;
+        expand_block(to, masks, codes, uint8_t(255));
+        for (int64_t i = 0; i < BLOCK; ++i)
+            if (to[i] == 255) to[i] = nothing(n, b * BLOCK + i);
+    }
+
+    MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
+        uint8_t codes[BLOCK];
+        codes_of(codes, n, b, depth);
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            const int64_t k = b * BLOCK + i, g = n * this->ldg + k / GROUP;
+            to[i] = k >= depth ? 0.0f : (int(codes[i]) - int(nothing(n, k))) * scale_of(this->scale[g]);
+        }
+    }
+};
+
+// ---- bfloat16 -------------------------------------------------------------------------------------------------------
+
 // Meeting an operand in float; in bf16 (Graph) where an instruction adds up products of pairs.
 template <typename Graph>
 struct TwoFour {
     typedef bf16 Scale;
-    static constexpr int64_t GROUP = 0, STEP = 32, BYTES = 144, HALF = STEP / 2;
+    static constexpr int64_t GROUP = 0, STEP = 32, KEPT = BLOCK, BYTES = MASKS + KEPT, HALF = STEP / 2;
     static constexpr bool ZEROS = false, INTEGER = false, PAIRS = IN_PAIRS<Graph>;
     const uint8_t* codes;
     const Scale* scale;
     int64_t ld, ldg, groups;
 
-    static MEMBER uint32_t mask(const uint8_t* block, int64_t side) {
-        uint32_t bits;
-        __builtin_memcpy(&bits, block + 4 * side, 4);
-        return bits;
-    }
-
-    // The 32 weights of a side of a block, in order.
-    static MEMBER void side(float* to, const uint8_t* block, int64_t side) {
-        const uint32_t bits = mask(block, side);
-        const uint8_t* from = block + 16 + side * STEP;
-        for (int64_t i = 0; i < STEP; ++i) {
-            bf16 value = {};
-            if (bits >> i & 1) {
-                __builtin_memcpy(&value, from, 2);
-                from += 2;
-            }
-            to[i / 2 + (i & 1) * HALF] = value;
-        }
-    }
-
 #if LLMCOMP_EXPANDS
-    typedef uint64_t Quads __attribute__((vector_size(32)));
-    typedef uint64_t Wide __attribute__((vector_size(64)));
-
-    // The same as 16 pairs of bf16.
-    static MEMBER Bits expand(const uint8_t* block, int64_t side) {
-        const Quads half = load<Quads>(block + 16 + side * STEP);
-        const Wide values = __builtin_shufflevector(half, half, 0, 1, 2, 3, 0, 1, 2, 3);
+    // The 32 weights of a step, in order, as 16 pairs of bf16.
+    static MEMBER Bits expand(const uint8_t* kept, uint32_t bits) {
         Bits v;
-        __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(v) : "v"(values), "Yk"(mask(block, side)));
+        __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(v) : "v"(twice(kept)), "Yk"(bits));
         return v;
     }
 
@@ -73,18 +209,19 @@ struct TwoFour {
 
     template <int64_t R, int64_t C>
     MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t* next) const {
-        const uint8_t* rows = codes + n * ld;
+        const uint8_t* masks = codes + n * ld;
+        const uint8_t* kept = masks + kept_at(depth);
         constexpr int64_t LONG = PAIRS ? HALF : STEP;  // floats that a step of the operand takes
         Vec even[R][C] = {}, odd[R][C] = {};
         const int64_t blocks = (depth + BLOCK - 1) / BLOCK;
-        for (int64_t b = 0; b < blocks; ++b, rows += BYTES, next += R * BYTES) {
+        for (int64_t b = 0; b < blocks; ++b, masks += MASKS, kept += KEPT, next += R * BYTES) {
             if constexpr (R > 1)
-                for (int64_t i = 0; i < R * BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
+                for (int64_t i = 0; i < R * BYTES; i += 64) __builtin_prefetch(next + i + AHEAD, 0, 2);
 #pragma GCC unroll 4
             for (int64_t s = 0; s < 4; ++s, x += C * LONG)
 #pragma GCC unroll 4
                 for (int64_t r = 0; r < R; ++r) {
-                    const Bits w = expand(rows + r * ld, s);
+                    const Bits w = expand(kept + r * ld + s * STEP, mask_at<uint32_t>(masks + r * ld + s * 4));
 #pragma GCC unroll 8
                     for (int64_t c = 0; c < C; ++c) {
                         if constexpr (PAIRS) {
@@ -105,21 +242,30 @@ struct TwoFour {
     template <int64_t R, int64_t C>
     MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t*) const {
         Vec acc[R][C] = {};
-        for (int64_t k = 0; k < depth; k += STEP, x += C * STEP)
+        for (int64_t b = 0; b * BLOCK < depth; ++b, x += C * BLOCK)
             for (int64_t r = 0; r < R; ++r) {
-                float w[STEP];
-                side(w, codes + (n + r) * ld + k / BLOCK * BYTES, k % BLOCK / STEP);
-                for (int64_t i = 0; i < STEP; i += W)
-                    for (int64_t c = 0; c < C; ++c) acc[r][c] = fma(load<Vec>(w + i), load<Vec>(x + c * STEP + i), acc[r][c]);
+                float w[BLOCK];
+                floats(w, n + r, b, depth);
+                for (int64_t i = 0; i < BLOCK; i += W)
+                    for (int64_t c = 0; c < C; ++c) {
+                        const float* const from = x + i / STEP * C * STEP + c * STEP + i % STEP;
+                        acc[r][c] = fma(load<Vec>(w + i), load<Vec>(from), acc[r][c]);
+                    }
             }
         micro::store_sums<R, C>(out, ldo, acc);
     }
 #endif
 
-    // Row `n` as floats.
+    MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
+        bf16 block[BLOCK];
+        const uint8_t* const row = codes + n * ld;
+        expand_block(block, row + b * MASKS, (const bf16*)(row + kept_at(depth) + b * KEPT), bf16{});
+        for (int64_t i = 0; i < BLOCK; ++i) to[i] = block[i];
+    }
+
+    // Row `n` as floats, to the end of its last block.
     MEMBER void unpack(float* to, int64_t n, int64_t depth) const {
-        for (int64_t k = 0; k < depth; k += STEP)
-            side(to + k, codes + n * ld + k / BLOCK * BYTES, k % BLOCK / STEP);
+        for (int64_t b = 0; b * BLOCK < depth; ++b) floats(to + b * BLOCK, n, b, depth);
     }
 };
 
@@ -128,19 +274,20 @@ struct Sparse : Operand<Weights, Graph> {
     typedef Operand<Weights, Graph> Base;
     using Base::Base;
 
+    // As the weights of a step come out: in pairs of bf16, or the even ones before the odd ones.
     void pack(int64_t row) {
-        if (!Weights::PAIRS || this->unpacks()) return Base::pack(row);
-        constexpr int64_t HALF = Weights::HALF;
+        if (!LLMCOMP_EXPANDS || this->unpacks()) return Base::pack(row);
+        constexpr int64_t STEP = Weights::STEP, HALF = Weights::HALF;
         const int64_t slots = Base::room(this->count);
-        auto* const to = (uint32_t*)this->packed + row * HALF;
-        for (int64_t k = 0; k < this->stride; k += 2 * HALF) {
-            uint16_t pairs[2 * HALF];
-            for (int64_t i = 0; i < 2 * HALF; ++i) {
-                bf16 value;
-                value = this->line[k + i];
-                pairs[i / HALF + i % HALF * 2] = value.bits;
+        const float* const line = this->line;
+        for (int64_t k = 0; k < this->stride; k += STEP) {
+            if constexpr (Weights::PAIRS) {
+                bf16* const to = (bf16*)this->packed + k * slots + row * STEP;
+                for (int64_t i = 0; i < STEP; ++i) to[i] = line[k + i];
+            } else {
+                float* const to = (float*)this->packed + k * slots + row * STEP;
+                for (int64_t i = 0; i < STEP; ++i) to[i / 2 + i % 2 * HALF] = line[k + i];
             }
-            __builtin_memcpy(to + k / 2 * slots, pairs, sizeof(pairs));
         }
     }
 };

@@ -22,6 +22,7 @@ using micro::load;
 using micro::splat;
 using micro::store;
 
+constexpr int64_t AHEAD = 4096;  // bytes from what is read next to what is fetched meanwhile: rows of codes are short
 constexpr int64_t BLOCK = 128;  // codes of 4 bits in 64 bytes, as llmcomp/nibbles.py lays them out
 
 // Scales as they are stored, in any float; bytes are exponents of a power of two.
@@ -98,6 +99,7 @@ struct Nibbles : Kind {
     static constexpr int64_t GROUP = GROUP_;
     static constexpr bool ZEROS = ZEROS_, INTEGER = LLMCOMP_INTEGER_DOTS && Kind::INTEGER;
     static constexpr int64_t STEP = BLOCK;  // of the operand that meets weights in float
+    static constexpr int64_t BYTES = BLOCK / 2;  // of a block
     const uint8_t* codes;
     const Scale* scale;
     const uint8_t* zero;
@@ -201,11 +203,14 @@ struct Bytes {
     static constexpr bool ZEROS = false, SIGNED = IsInteger<Code>::VALUE, INTEGER = LLMCOMP_INTEGER_DOTS && SIGNED;
     static constexpr int SHIFT = integers::SHIFT;
     static constexpr float UNIT = 1;
-    static constexpr int64_t STEP = W;
+    static constexpr int64_t STEP = W, BYTES = BLOCK;
     const Code* codes;
     const Scale* scale;
     int64_t ld, ldg, groups;
     static constexpr const uint8_t* zero = nullptr;
+
+    Bytes(const Code* codes, const Scale* scale, int64_t ld, int64_t ldg, int64_t groups)
+        : codes(codes), scale(scale), ld(ld), ldg(ldg), groups(groups) {}
 
     MEMBER void runs(Run (&run)[BLOCK / ELEMENTS], int64_t n, int64_t b, int64_t depth) const {
         const Code* const from = codes + n * ld + b * BLOCK;

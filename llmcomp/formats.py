@@ -13,6 +13,9 @@ Rows are outputs (channels) of a linear layer, k counts its inputs. Quantizing r
 even one, against the scale as it is stored, and clips; a row or group of zeros gets codes that give zeros back.
 Codes of 4 bits are laid out as `llmcomp/nibbles.py` says.
 
+With `two_four` (Int8 and Int4) a matrix that is 2:4 sparse keeps the codes of two of every four neighbours along k, as
+llmcomp/pairs.py says; the others are zero.
+
 With `dynamic` (Int8 and Fp8 of whole rows) linear layers quantize their operand too, each token when it comes:
 `llmcomp/dynamic.py`. What is stored, and what a lookup in a table gives, is the same as without.
 """
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.nibbles import pack, unpack
+from llmcomp.pairs import NotTwoFour, compress, expand, pack_nibbles, unpack_nibbles
 
 # QLoRA (Dettmers et al. 2023, arXiv:2305.14314, appendix E): quantiles of N(0, 1), zero among them, scaled to [-1, 1].
 NF4_TABLE = (
@@ -57,11 +61,12 @@ class Packed:
 @dataclass(frozen=True)
 class Format:
     """What all formats share. `group` neighbours along k share a scale; 0: all of a row do. `dynamic`: linear layers
-    quantize their operand to the same codes.
+    quantize their operand to the same codes. `two_four`: what is zero in a 2:4 sparse matrix is not stored.
     """
 
     group: int = 0
     dynamic: bool = field(default=False, kw_only=True)
+    two_four: bool = field(default=False, kw_only=True)
     bits: ClassVar[int] = 8
     stem: ClassVar[str] = ""
     groups: ClassVar[tuple[int, ...]] = (0, *GROUPS)
@@ -71,6 +76,10 @@ class Format:
             raise OptionError(
                 f"expected the group of {type(self).__name__} to be one of {', '.join(map(str, self.groups))}, found "
                 f"{self.group!r}: pass one of these{' (0: one scale for each row)' if 0 in self.groups else ''}"
+            )
+        if self.two_four and (not isinstance(self, Int8 | Int4) or self.dynamic):
+            raise OptionError(
+                f"expected int8 or int4 for weights that are 2:4 sparse, found {self}: choose one of these"
             )
         if self.dynamic and (self.bits != 8 or self.group):
             raise OptionError(
@@ -85,7 +94,7 @@ class Format:
 
     def __str__(self) -> str:
         group = "" if self.group == type(self).group else f"_g{self.group}"
-        return self.stem + group + ("_dynamic" if self.dynamic else "")
+        return self.stem + group + ("_dynamic" if self.dynamic else "") + ("_2:4" if self.two_four else "")
 
     def quantize(self, weight: Tensor) -> Packed:
         """The codes of a float matrix (N, K).
@@ -106,18 +115,56 @@ class Format:
 
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Packed:
         """Codes (N, K), scales and zero points (N, groups) as they are stored."""
-        return Packed(pack(codes) if self.bits == 4 else codes, scale if self.group else scale.flatten(), zero)
+        stored = scale if self.group else scale.flatten()
+        if self.two_four:
+            try:
+                return Packed(self.without_zeros(codes, zero), stored, zero)
+            except NotTwoFour as error:
+                raise FormatError(f"expected a 2:4 sparse weight for {self}: {error}; prune it first") from error
+        return Packed(pack(codes) if self.bits == 4 else codes, stored, zero)
+
+    def zero_codes(self, zero: Tensor | None) -> Tensor | int:
+        """The codes that stand for 0: one for all, or (..., groups)."""
+        return 0
+
+    def without_zeros(self, codes: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes (N, K) of a 2:4 sparse matrix as bytes (N, B / 8 + B / 2 * bits / 8) uint8, of whole blocks B.
+
+        Raises:
+            NotTwoFour: more than two of four neighbours are not zero.
+        """
+        zeros = self.zero_codes(zero)
+        spread = zeros if isinstance(zeros, int) else zeros.repeat_interleave(self.group, 1)
+        masks, kept = compress(codes, codes != spread)
+        return torch.cat([masks, pack_nibbles(kept) if self.bits == 4 else kept.view(torch.uint8)], 1)
+
+    def with_zeros(self, stored: Tensor, zero: Tensor | None, columns: int) -> Tensor:
+        """The inverse of `without_zeros`: codes (..., columns)."""
+        at = stored.shape[-1] // (5 if self.bits == 8 else 3)
+        kept = stored[..., at:].contiguous()
+        kept = unpack_nibbles(kept) if self.bits == 4 else kept.view(torch.int8)
+        zeros = self.zero_codes(zero)
+        if not isinstance(zeros, int):  # one for every group of four
+            zeros = zeros.repeat_interleave(self.group // 4, -1)
+            zeros = torch.nn.functional.pad(zeros, (0, kept.shape[-1] // 2 - zeros.shape[-1]))
+        return expand(stored[..., :at], kept, zeros)[..., :columns]
 
     def dequantize(self, packed: Packed, columns: int, dtype: torch.dtype) -> Tensor:
         """The matrix (..., columns) that `packed` stands for, computed in float32 and rounded once to `dtype`.
 
         Leading dimensions are free: rows that were gathered out of a matrix are dequantized the same way.
         """
-        codes = unpack(packed.codes, columns) if self.bits == 4 else packed.codes
+        codes = self.codes(packed, columns)
         scale = packed.scale if self.group else packed.scale.unsqueeze(-1)
         numbers = self.numbers(grouped(codes, self.group), scale, packed.zero).flatten(-2)
         most = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
         return numbers.clamp(-most, most).to(dtype)  # codes reach beyond the largest weight
+
+    def codes(self, packed: Packed, columns: int) -> Tensor:
+        """A byte for every code (..., columns)."""
+        if self.two_four:
+            return self.with_zeros(packed.codes, packed.zero, columns)
+        return unpack(packed.codes, columns) if self.bits == 4 else packed.codes
 
     # ---- the arithmetic: of groups (..., groups, K / groups) with scales and zero points (..., groups) as stored ----
 
@@ -235,7 +282,11 @@ class Int4(Format):
         return tuple(float(code - 8 if self.symmetric else code) for code in range(16))
 
     def __str__(self) -> str:
-        return super().__str__() + ("_symmetric" if self.symmetric else "")
+        stem, *rest = super().__str__().partition("_2:4")
+        return "".join([stem, "_symmetric" if self.symmetric else "", *rest])
+
+    def zero_codes(self, zero: Tensor | None) -> Tensor | int:
+        return 8 if zero is None else zero
 
     def scales(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.symmetric:
@@ -322,7 +373,9 @@ def scale_of(stored: Tensor) -> Tensor:
 
 
 FORMATS: tuple[type[Format], ...] = (Int8, Fp8, Int4, Nf4, Mxfp4)
-_NAME = re.compile(r"(?P<stem>[a-z0-9]+?)(?:_g(?P<group>\d+))?(?P<symmetric>_symmetric)?(?P<dynamic>_dynamic)?")
+_NAME = re.compile(
+    r"(?P<stem>[a-z0-9]+?)(?:_g(?P<group>\d+))?(?P<symmetric>_symmetric)?(?P<dynamic>_dynamic)?(?P<two_four>_2:4)?"
+)
 
 
 def names() -> tuple[str, ...]:
@@ -345,8 +398,10 @@ def parse_format(name: str) -> Format:
     if found is None or kind is None or (found["symmetric"] and kind is not Int4):
         raise OptionError(f"expected the name of a weight format, found {name!r}: the names are {', '.join(names())}")
     group = kind.group if found["group"] is None else int(found["group"])
-    dynamic = found["dynamic"] is not None
-    return Int4(group, symmetric=True, dynamic=dynamic) if found["symmetric"] else kind(group, dynamic=dynamic)
+    dynamic, two_four = found["dynamic"] is not None, found["two_four"] is not None
+    if found["symmetric"]:
+        return Int4(group, symmetric=True, dynamic=dynamic, two_four=two_four)
+    return kind(group, dynamic=dynamic, two_four=two_four)
 
 
 def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
@@ -354,7 +409,11 @@ def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
     rows, columns = shape
     padded = columns if format.bits == 8 else math.ceil(columns / 128) * 128
     scales = 1 if not format.group else columns // format.group
+    stored: float = padded * format.bits
+    if format.two_four:
+        padded = math.ceil(columns / 128) * 128
+        stored = padded * (format.bits / 2 + 1)
     per_scale = 32 if not format.group else 8 if isinstance(format, Mxfp4) else 16
     if isinstance(format, Int4) and not format.symmetric:
         per_scale += 8
-    return (padded * format.bits + scales * per_scale) / columns
+    return (stored + scales * per_scale) / columns

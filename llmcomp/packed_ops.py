@@ -1,8 +1,11 @@
-"""Operators on weights in a storage format (llmcomp/formats.py): `llmcomp::dequantize` and `llmcomp::packed_linear`.
+"""Operators on weights in a storage format (llmcomp/formats.py): `llmcomp::dequantize` and `llmcomp::packed_linear`,
+and `llmcomp::pack_codes`, which leaves out zeros.
 
 `format` is the name of a format. Importing this module registers the operators, as importing `llmcomp.ops` does for
 the others.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch.library import custom_op
 
 from llmcomp.dynamic import multiply
 from llmcomp.formats import Packed, parse_format
+from llmcomp.pairs import BLOCK
 
 
 @custom_op("llmcomp::dequantize", mutates_args=())
@@ -23,6 +27,25 @@ def dequantize(
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
+
+
+@custom_op("llmcomp::pack_codes", mutates_args=())
+def pack_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int) -> Tensor:
+    """The codes of a 2:4 sparse matrix of `format` without those of zeros, as its `two_four` stores them.
+
+    Raises:
+        NotTwoFour: it is not 2:4 sparse.
+    """
+    form = parse_format(format)
+    bytes = form.codes(Packed(codes, scale, zero), columns)
+    return replace(form, two_four=True).without_zeros(bytes, zero)
+
+
+@pack_codes.register_fake
+def _(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int) -> Tensor:
+    blocks = -(-columns // BLOCK)
+    width = (BLOCK * parse_format(format).bits // 2 + BLOCK) // 8
+    return codes.new_empty(codes.shape[0], blocks * width, dtype=torch.uint8)
 
 
 @custom_op("llmcomp::packed_linear", mutates_args=())

@@ -23,7 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from llmcomp.formats import parse_format
 from llmcomp.graph import text, val
+from llmcomp.passes.compress import share_of_coded_zeros
 from llmcomp.passes.prune import FACTS
 from llmcomp.passes.zero_structure import PREPARED, Zero, share_of_zeros
 from llmcomp.report import Program
@@ -34,7 +36,7 @@ log = logging.getLogger("llmcomp")
 STORE = "_llmcomp_prepared"
 RESTLESS = 3  # changes in a row, each after fewer than two calls: after them weights are taken to be trained
 MODELS = 4  # whose results are remembered by a program at the same time
-FEWEST_ZEROS = 0.01
+FEWEST_ZEROS, MANY_ZEROS = 0.01, 0.4
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,19 @@ def weights_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
             return {}
         found[node.name] = value
     matrices = (v for v in found.values() if v.dim() == 2 and v.is_floating_point())
-    return found if any(share_of_zeros(v) > FEWEST_ZEROS for v in matrices) else {}
+    return found if any(share_of_zeros(v) > FEWEST_ZEROS for v in matrices) or _has_coded_zeros(gm, found) else {}
+
+
+def _has_coded_zeros(gm: GraphModule, found: Mapping[str, Tensor]) -> bool:
+    """Whether the codes of some quantized matrix are mostly those of zeros; a few are, whatever it was made of."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.llmcomp.dequantize.default):
+        codes, scale, zero = (found.get(n.name) if isinstance(n, Node) else None for n in node.args[:3])
+        form = parse_format(node.args[3])
+        if codes is None or scale is None or codes.dim() != 2 or form.two_four:
+            continue
+        if share_of_coded_zeros(form, codes, scale, zero) > MANY_ZEROS:
+            return True
+    return False
 
 
 def _readable(value: Tensor) -> bool:

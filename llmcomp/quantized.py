@@ -276,6 +276,8 @@ def _copy(func: torch._ops.OpOverload, weight: Any, source: Tensor, non_blocking
     for name in ("codes", "scale", "zero"):
         if (part := getattr(weight, name)) is not None:
             part.copy_(getattr(given, name))
+            if not part.is_inference():  # below autograd nobody counts: llmcomp/prepared.py does
+                torch.autograd.graph.increment_version(part)
     return weight
 
 

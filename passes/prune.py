@@ -4,7 +4,7 @@
     linear(gated(linear(x, a), linear(x, b)), c)  ->  the same of index_select(a, 0, kept), (b, 0, kept), (c, 1, kept)
     linear(y, c)                                  ->  linear(index_select(y, -1, kept), index_select(c, 1, kept))
     add(residual, linear(x, zeros))               ->  residual
-    linear(x, w), w 2:4 sparse, x of few rows     ->  two_four_linear(x, pack_two_four(w))
+    scattered zeros, 2:4                          ->  compressed matrices: passes/compress.py
 
 What is computed of weights alone is marked, for llmcomp/prepared.py to compute when a weight has changed. Exact for the
 weights as they are; what the pass relied on is in `gm.meta["zero_facts"]`.
@@ -17,20 +17,17 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from llmcomp.graph import insert, mutated, replace, replace_by, same_shape, source, val
-from llmcomp.hints import volume
+from llmcomp.graph import insert, mutated, replace, same_shape, val
 from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.compress import compress
 from llmcomp.passes.facts import SHAPES
-from llmcomp.passes.zero_structure import CASTS, PREPARED, UNARY, Values, share_of_zeros
-from llmcomp.products import LINEAR, TWO_FOUR, bias_of, operand_of
-from llmcomp.two_four import is_two_four
+from llmcomp.passes.zero_structure import CASTS, PREPARED, UNARY, Values
+from llmcomp.products import LINEAR, bias_of, operand_of
 
 aten = torch.ops.aten
 FACTS = "zero_facts"
 POINTWISE = (*UNARY, *CASTS, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, torch.ops.llmcomp.gated.default)
 LEAST = 16  # channels: what a vector holds; kept ones are a multiple of it
-MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.4, 1.5, 1.2 and 0.8 times dense at 1, 2, 4 and 8
-PACK = torch.ops.llmcomp.pack_two_four.default
 PART = 0.02  # of the channels: less is not worth another copy of the weights
 
 
@@ -49,8 +46,7 @@ def prune(weights: Mapping[str, Tensor], packs: bool = False) -> Pass:
         graph.eliminate_dead_code()
         _shrink_operands(graph, values, report)
         graph.eliminate_dead_code()
-        _pack_two_four(graph, values, packs, report)
-        _report_rest(graph, values, report)
+        compress(graph, values, packs, report)
         assert graph.owning_module is not None
         graph.owning_module.meta[FACTS] = tuple(values.facts.values())
 
@@ -225,52 +221,3 @@ def _moved(index: Node) -> Node:
     again = index.graph.get_attr(str(index.target))
     again.meta["val"] = index.meta["val"]
     return again
-
-
-# ---- 2:4 ------------------------------------------------------------------------------------------------------------
-
-
-def _pack_two_four(graph: Graph, values: Values, packs: bool, report: Report) -> None:
-    for node in list(graph.find_nodes(op="call_function", target=LINEAR)):
-        weight, value = node.args[1], values.of(node.args[1])
-        if value is None or not isinstance(weight, Node) or share_of_zeros(value) < 0.4:
-            continue
-        if node.args[3] or not is_two_four(value):
-            continue
-        if (reason := _stays_dense(node, packs)) is not None:
-            report.miss(node, f"its weights are 2:4 sparse, and read whole: {reason}")
-            continue
-        with graph.inserting_before(node):
-            codes = insert(graph, PACK, weight)
-        codes.meta[PREPARED] = True
-        replace_by(node, TWO_FOUR, operand_of(node), codes, bias_of(node))
-        report.rewrites += 1
-
-
-def _stays_dense(node: Node, packs: bool) -> str | None:
-    """Why a layer does not read packed weights, or None."""
-    dtypes = {val(operand_of(node)).dtype, val(source(node, 1)).dtype}
-    if not packs:
-        return "this machine has no instruction that expands them"
-    if dtypes != {torch.bfloat16}:
-        return "they are packed in bfloat16 alone"
-    if (rows := volume(val(operand_of(node)).shape[:-1])) > MOST_ROWS:
-        return f"{rows} rows meet them, and above {MOST_ROWS} that is faster"
-    return None
-
-
-# ---- what is only reported ------------------------------------------------------------------------------------------
-
-
-def _report_rest(graph: Graph, values: Values, report: Report) -> None:
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
-        value = values.of(node.args[1])
-        if value is None or value.dim() != 2 or (share := share_of_zeros(value)) < 0.25 or is_two_four(value):
-            continue
-        weight, rows = node.args[1], None
-        if isinstance(weight, Node):
-            rows = values.zeros(weight, 1 if node.args[3] else 0)
-        if rows is not None:
-            report.miss(node, f"{int(rows.sum())} of its {len(rows)} outputs are zero: they are read as a whole")
-        else:
-            report.miss(node, f"{share:.0%} of its weights are zeros, scattered: to skip them costs more than it saves")

@@ -19,6 +19,7 @@ from llmcomp.codegen.kernel import (
 )
 from llmcomp.dynamic import quantize_tokens
 from llmcomp.formats import Format, Packed
+from llmcomp.saliency import keep_of_groups
 
 F32 = torch.float32
 
@@ -34,7 +35,7 @@ def packed_linear(rows: int | sympy.Symbol, k: int, n: int, form: Format, dtype:
         scaled += (Load("scale", "scale_ptr", column.symbol, F32), Compute("scaled", "mul", ("acc", "scale"), F32))
         value = "scaled"
     epilogue = (*scaled, Compute("sum", "add", (value, "bias"), F32), Store("out_ptr", at, "sum"))
-    packed = form.quantize(torch.ones(1, k))
+    packed = form.quantize(matrix(1, k, form))
     groups = sympy.Integer(k // form.group if form.group else 0)
     packing = Packing(form, groups, "scale_ptr" if groups else None, None if packed.zero is None else "zero_ptr")
     weight = Weight("weight_ptr", sympy.Integer(packed.codes.shape[1]), sympy.Integer(1), packing=packing)
@@ -54,9 +55,15 @@ def _axis(name: str, size: int | sympy.Symbol) -> Axis:
     return Axis(sympy.Symbol(name, integer=True, nonnegative=True), sympy.sympify(size))
 
 
+def matrix(n: int, k: int, form: Format) -> Tensor:
+    """A weight that `form` can hold."""
+    weight = torch.randn(n, k) / k**0.5
+    return weight * keep_of_groups(weight.abs(), 2, 4) if form.two_four else weight
+
+
 def packed_buffers(rows: int, k: int, n: int, form: Format, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The buffers of `packed_linear`, and its exact result in float64; `x` quantized where the format says so."""
-    x, weight, bias = torch.randn(rows, k).to(dtype), torch.randn(n, k) / k**0.5, torch.randn(n).to(dtype)
+    x, weight, bias = torch.randn(rows, k).to(dtype), matrix(n, k, form), torch.randn(n).to(dtype)
     weight[n // 2] = 0
     packed = form.quantize(weight)
     parts = [t for t in (packed.codes, packed.scale, packed.zero) if t is not None]

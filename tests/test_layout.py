@@ -21,7 +21,7 @@ BENCH = "gpu growing kernels llama_cpp machine model overhead peer process steps
 LAYERS = (
     ("llmcomp.errors",),
     ("llmcomp.options", "llmcomp.target", "llmcomp.compat"),
-    ("llmcomp.formats", "llmcomp.nibbles", "llmcomp.dynamic"),
+    ("llmcomp.formats", "llmcomp.nibbles", "llmcomp.pairs", "llmcomp.dynamic"),
     (
         *("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
         *("llmcomp.packed_ops", "llmcomp.products", "llmcomp.two_four", "llmcomp.saliency"),

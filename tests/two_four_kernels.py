@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from llmcomp.codegen.kernel import Accumulator, Axis, Buffer, Contract, Load, Packing, Section, Store, Weight
+from llmcomp.pairs import BLOCK
 from llmcomp.saliency import keep_of_groups
-from llmcomp.two_four import BYTES, COLUMNS, TwoFour, pack
+from llmcomp.two_four import BYTES, TwoFour, pack
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -19,7 +20,7 @@ def sparse_linear(rows: int | sympy.Symbol, k: int, n: int, dense: bool = False)
     )
     operand = (Load("x", "x_ptr", m.symbol * k + depth.symbol, F32),)
     epilogue = (Store("out_ptr", m.symbol * n + column.symbol, "acc"),)
-    row = sympy.Integer(k if dense else -(-k // COLUMNS) * BYTES)
+    row = sympy.Integer(k if dense else -(-k // BLOCK) * BYTES)
     weight = Weight("weight_ptr", row, sympy.Integer(1), packing=None if dense else Packing(TwoFour()))
     buffers = (
         Buffer("x_ptr", BF16),
