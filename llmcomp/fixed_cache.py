@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from llmcomp.headroom import telling
 from llmcomp.quantized_cache import QuantizedCacheTensor
 
 
@@ -74,7 +75,11 @@ def _layers(cache: Cache) -> list[Any]:
 
 
 def fixed(cache: Cache, length: int, capacity: int) -> FixedCache:
-    """A cache of `capacity` positions, `length` of them with the content of `cache`."""
+    """A cache of `capacity` positions, `length` of them with the content of `cache`.
+
+    Raises:
+        MemoryFullError: the device has too little memory.
+    """
     position = torch.tensor(length, device=_layers(cache)[0].keys.device)
     layers = [
         FixedLayer(_moved(x.keys, length, capacity), _moved(x.values, length, capacity), position, x.is_sliding)
@@ -88,7 +93,9 @@ def _moved(past: Tensor, length: int, capacity: int) -> Tensor:
     rows, heads, held, size = past.shape
     held = min(held, length)
     shape = (rows, heads, capacity, size)
-    buffer = past.room(shape) if isinstance(past, QuantizedCacheTensor) else past.new_zeros(shape)
+    size_of_row = size + 4 if isinstance(past, QuantizedCacheTensor) else size * past.itemsize
+    with telling(rows * heads * capacity * size_of_row, shape, past.device):
+        buffer = past.room(shape) if isinstance(past, QuantizedCacheTensor) else past.new_zeros(shape)
     buffer[:, :, length - held : length] = past[:, :, :held]
     # A program that was compiled for one capacity serves all, and for several rows any number of them.
     torch._dynamo.maybe_mark_dynamic(buffer, [0, 2] if rows > 1 else 2)

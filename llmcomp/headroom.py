@@ -14,7 +14,8 @@ place, by hand, is seen by the other.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,20 +41,27 @@ def room(shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.devic
     """
     strides = outermost(shape, dim)
     step = strides[dim]
-    buffer = _allocated(capacity(shape[dim]) * step, shape, dtype, device)
+    count = capacity(shape[dim]) * step
+    with telling(count * dtype.itemsize, shape, device):
+        buffer = torch.empty(count, dtype=dtype, device=device)
     setattr(buffer.untyped_storage(), _TAKEN, shape[dim] * step)
     cache = buffer.as_strided(shape, strides)
     mark_growing(cache, dim)  # a decode step is traced once, for all lengths
     return cache
 
 
-def _allocated(count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+@contextmanager
+def telling(count: int, shape: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Have a failure to get `count` bytes for a cache of `shape` say so, and what lowers it.
+
+    Raises:
+        MemoryFullError: the device has too little memory.
+    """
     try:
-        return torch.empty(count, dtype=dtype, device=device)
+        yield
     except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises the latter
-        size = count * dtype.itemsize / 2**20
         raise MemoryFullError(
-            f"expected {size:.1f} MiB on {device} for a KV cache of shape {tuple(shape)} with room to grow, found too "
+            f"expected {count / 2**20:.1f} MiB on {device} for a KV cache of shape {tuple(shape)}, found too "
             f"little memory: shorten the sequences or the batch, free other caches (llmcomp.reset()), hold them in "
             f"8 bits with options={{'kv_dtype': 'int8'}}, or lower what programs keep: kv_cache_bytes, kv_cache='off'"
         ) from error

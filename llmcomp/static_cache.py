@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from llmcomp.cache_ops import quantized
 from llmcomp.capture import needs_grad
+from llmcomp.headroom import telling
 from llmcomp.passes.base import PassResult
 from llmcomp.passes.quantize_cache import FLOATS, stays_plain
 from llmcomp.quantized_cache import QuantizedCacheTensor
@@ -77,11 +78,16 @@ class TakingOver:
         self.run, self.positions, self.dtype = run, positions, dtype
 
     def __call__(self, *inputs: Any) -> Any:
-        """Have the layers hold codes, then call."""
+        """Have the layers hold codes, then call.
+
+        Raises:
+            MemoryFullError: the device has too little memory; the layers then are as they were.
+        """
         given = list(inputs)
         places = _places(inputs[i] for i in self.positions)
         for i in self.positions:
             given[i] = _coded(inputs[i], self.dtype)
+        for i in self.positions:
             for owner, name in places.get(id(inputs[i]), ()):
                 setattr(owner, name, given[i])
         results = self.run(*given)
@@ -92,7 +98,8 @@ class TakingOver:
 
 
 def _coded(memory: Tensor, dtype: torch.dtype) -> QuantizedCacheTensor:
-    with torch.no_grad():
+    rows = memory.numel() // max(memory.shape[-1], 1)
+    with torch.no_grad(), telling(memory.numel() + 4 * rows, memory.shape, memory.device):
         codes, scale = (t.contiguous() for t in quantized(memory, dtype))
     made = QuantizedCacheTensor(codes, scale, memory.dtype)
     if hasattr(memory, "_dynamo_static_input_type"):

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llmcomp.errors import MemoryFullError
 from llmcomp.fixed_cache import can_fix, empty, fixed, restore
 
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=8, head_dim=4)
@@ -51,6 +52,13 @@ def test_there_and_back(config: LlamaConfig, count: int) -> None:
     assert cache.get_seq_length() == expected.get_seq_length() == count + 4
     for ours, theirs in zip(cache.layers, expected.layers, strict=True):
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_full_device_names_the_size_and_what_lowers_it() -> None:
+    with pytest.raises(
+        MemoryFullError, match=r"MiB on cpu for a KV cache of shape \(2, 1, 2199023255552, 4\).*kv_dtype"
+    ):
+        fixed(filled(LLAMA, 3), 3, 1 << 41)
 
 
 def test_a_mask_covers_the_capacity() -> None:

@@ -23,6 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from llmcomp import headroom
+from llmcomp.errors import MemoryFullError
 from llmcomp.headroom import owners
 from llmcomp.report import GraphReport
 
@@ -235,6 +237,16 @@ def test_an_exception_in_the_middle_leaves_the_next_call_right() -> None:
 
     with pytest.raises(Stop):
         compiled.generate(tokens(1, 9), **GREEDY, logits_processor=[stop])
+    ours, expected = (m.generate(tokens(1, 9), **GREEDY) for m in (compiled, eager))
+    assert torch.equal(ours, expected)
+
+
+def test_a_full_device_is_told_and_leaves_the_next_call_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = pair(llama)
+    with monkeypatch.context() as full:
+        full.setattr(headroom, "capacity", lambda count: 1 << 48)
+        with pytest.raises(MemoryFullError, match=r"MiB on cpu for a KV cache of shape \(1, 2, 9, 8\).*'kv_dtype'"):
+            compiled.generate(tokens(1, 9), **GREEDY)
     ours, expected = (m.generate(tokens(1, 9), **GREEDY) for m in (compiled, eager))
     assert torch.equal(ours, expected)
 

@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from llmcomp import static_cache
+from llmcomp.cache_ops import quantized
+from llmcomp.errors import MemoryFullError
 from llmcomp.quantized_cache import QuantizedCacheTensor
 from llmcomp.report import GraphReport
 from tests.test_kv_cache import GREEDY, MORE, gemma2, gpt2, left_padded, llama, mistral, tokens
@@ -211,6 +213,26 @@ def test_a_cache_that_eager_filled_is_taken_over(graphs: list[GraphReport]) -> N
     assert holds_codes(caches[0]) and len(graphs) == 1
     for t, was in zip(held(caches[0]), before, strict=True):
         close([t.dequantized()[:, :, :5]], [rounded(was, "int8")[:, :, :5]])
+
+
+def test_a_full_device_leaves_a_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = pair(llama, "int8")
+    cache, same = empty(compiled, early=True), rounding(eager, "int8", CAPACITY)
+    made: list[None] = []
+
+    def full(memory: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        made.append(None)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no more")
+        return quantized(memory, dtype)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(static_cache, "quantized", full)
+        with pytest.raises(MemoryFullError, match=r"KV cache of shape \(1, 2, 24, 8\)"):
+            compiled(tokens(1, 4), past_key_values=cache)
+    assert not any(isinstance(t, QuantizedCacheTensor) or t.any() for t in held(cache))
+    cache.reset()
+    close(loop(compiled, cache, tokens(1, 4)), loop(eager, same, tokens(1, 4)))
 
 
 def test_memory_of_nobody_that_is_found_is_written_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,35 @@ def test_a_quantized_cache(kv_dtype: str) -> None:
     assert len(reports) <= 4 and {e.op for e in reports[-1].program.externs} == {"llmcomp.cache_grow.default"}
 
 
+def written(q: Tensor, past: Tensor | None, k: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """A call of a model that writes into a cache of fixed size, and makes it where it is given none."""
+    keys = torch.zeros(2, 2, 12, 16) if past is None else past
+    keys.index_copy_(2, position, k * 2)
+    mask = torch.arange(12) <= position[:, None]
+    return F.scaled_dot_product_attention(q, keys, keys, mask), keys
+
+
+@interpreted
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_quantized_cache_of_fixed_size(kv_dtype: str) -> None:
+    reports: list[GraphReport] = []
+    fast, dtype = compiled(written, reports, None, kv_dtype=kv_dtype), KV_DTYPES[kv_dtype]
+    keys, places = None, set()
+    exact: Tensor = QuantizedCacheTensor(*quantized(torch.zeros(2, 2, 12, 16), dtype), torch.float32).zero_()
+    with torch.no_grad():
+        for start, count in ((0, 5), (5, 1), (6, 1), (7, 3)):
+            q, k = torch.randn(2, 2, count, 16), torch.randn(2, 2, count, 16)
+            position = torch.arange(start, start + count)
+            out, keys = fast(q, keys, k, position)
+            expected, _ = written(q, exact, k, position)
+            assert isinstance(keys, QuantizedCacheTensor) and isinstance(exact, QuantizedCacheTensor)
+            assert torch.equal(keys.codes.float(), exact.codes.float()) and torch.equal(keys.scale, exact.scale)
+            assert_equal_float32(out, expected)
+            places.add((keys.codes.data_ptr(), keys.scale.data_ptr()))
+    assert len(places) == 1 and not any(report.program.externs for report in reports)
+    assert not any("dequantize" in kernel.name for report in reports for kernel in report.program.kernels)
+
+
 @interpreted
 def test_mutation_of_an_input() -> None:
     def update(cache: Tensor, x: Tensor, position: Tensor) -> Tensor:
