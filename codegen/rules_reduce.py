@@ -262,7 +262,9 @@ def rms_norm(p: Puller, node: Node, index: Index) -> Argument:
     squares = Along(p, node, source, along, outer).reduce("sum", wide, lambda x: p.op("mul", x, x))
 
     def normalized() -> Argument:
-        scale = p.op("rsqrt", p.op("add", p.op("div", squares, _count(p, wide)), eps))
+        given = int(argument(node, "count"))  # type: ignore[call-overload]
+        mean = p.op("div", squares, float(given) if given else _count(p, wide))
+        scale = p.op("rsqrt", p.op("add", mean, eps))
         return p.op("mul", p.convert(p.at(source, index), wide), scale)
 
     value = _computing(p, wide, normalized)

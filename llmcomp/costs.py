@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from llmcomp.graph import base, is_view
 from llmcomp.hints import hint
 from llmcomp.products import PRODUCTS
 from llmcomp.region import Region
@@ -61,3 +62,15 @@ def extern_cost(node: Node) -> tuple[int, int, int]:
     inputs = node.all_input_nodes
     weights = sum(_read(n, [node]) for n in inputs if _is_parameter(n))
     return _bytes(node) + sum(_read(n, [node]) for n in inputs), flops(node), weights
+
+
+def work(graph: Graph, once: str) -> tuple[int, int]:
+    """(weight bytes, flops) of a call, without nodes that are computed once: those with `once` in their `meta`."""
+    weight_bytes = total = 0
+    for node in graph.nodes:
+        if node.op != "call_function" or node.meta.get(once) or is_view(node):
+            continue
+        read = {base(n) for n in node.all_input_nodes}
+        weight_bytes += sum(_read(n, [node]) for n in read if _is_parameter(n) or n.meta.get(once))
+        total += flops(node)
+    return weight_bytes, total

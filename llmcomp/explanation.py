@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from llmcomp import compat
 from llmcomp.backend import Compiled, compile_model
 from llmcomp.options import read_options
+from llmcomp.passes.base import Saving
 from llmcomp.quantization import put_back
 from llmcomp.report import ExternReport, GraphReport, KernelReport
 
@@ -40,7 +41,7 @@ class Explanation:
         return tuple(e for g in self.graphs for e in g.program.externs)
 
     def __rich__(self) -> RenderableType:
-        parts = (_graphs, _breaks, _passes, _near_misses, _kernels, _externs, _times)
+        parts = (_graphs, _breaks, _passes, _savings, _near_misses, _kernels, _externs, _times)
         return Group(*(shown for part in parts if (shown := part(self)) is not None))
 
     def __str__(self) -> str:
@@ -117,6 +118,18 @@ def _passes(e: Explanation) -> RenderableType | None:
     for name in seconds:
         table.add_row(name, str(rewrites[name]), str(misses[name]), f"{seconds[name] * 1e3:.1f}")
     return table if seconds else None
+
+
+def _savings(e: Explanation) -> RenderableType | None:
+    found: defaultdict[str, list[Saving]] = defaultdict(list)
+    for saving in (s for g in e.graphs for r in g.passes for s in r.report.savings):
+        found[saving.rewrite].append(saving)
+    table = _table("saved in every call", "by", "rewrites*", "weight bytes*", "FLOPs*")
+    for name, savings in found.items():
+        counts = (sum(getattr(s, key) for s in savings) for key in ("count", "weight_bytes", "flops"))
+        count, weight_bytes, flops = counts
+        table.add_row(name, str(count), quantity(weight_bytes), quantity(flops))
+    return table if found else None
 
 
 def _near_misses(e: Explanation) -> RenderableType | None:

@@ -161,16 +161,19 @@ def rms_norm(
     plus_one: bool,
     round_first: bool,
     dtype: torch.dtype | None = None,
+    count: int = 0,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the result has `dtype`, by default that of x.
 
     weight (N,) is taken as 1 + weight where `plus_one` (Gemma). The normalized value is rounded to the
     dtype of the result before it is multiplied by the weight where `round_first` (Llama), else only after
-    (Gemma, OLMo 2).
+    (Gemma, OLMo 2). The mean is over `count` channels where that is given: those that x lacks are zero.
     """
     dtype = dtype or x.dtype
     inside = x.to(wide(x.dtype))
-    out = inside * torch.rsqrt(inside.square().mean(-1, keepdim=True) + eps)
+    squares = inside.square()
+    mean = squares.sum(-1, keepdim=True) / count if count else squares.mean(-1, keepdim=True)
+    out = inside * torch.rsqrt(mean + eps)
     if round_first:
         out = out.to(dtype)
     if weight is not None:
@@ -187,6 +190,7 @@ def _(
     plus_one: bool,
     round_first: bool,
     dtype: torch.dtype | None = None,
+    count: int = 0,
 ) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 

@@ -25,12 +25,23 @@ class NearMiss:
     reason: str
 
 
+@dataclass(frozen=True)
+class Saving:
+    """What rewrites of one kind save in a call: bytes of weights that are not read, FLOPs that are not done."""
+
+    rewrite: str
+    count: int
+    weight_bytes: int
+    flops: int
+
+
 @dataclass
 class Report:
-    """What one pass did: rewrites made, and near misses with their reasons."""
+    """What one pass did: rewrites made, what they save where that is known, and near misses with their reasons."""
 
     rewrites: int = 0
     near_misses: list[NearMiss] = field(default_factory=list)
+    savings: list[Saving] = field(default_factory=list)
 
     def miss(self, node: Node, reason: str) -> None:
         """Record that `node` looked like a match and why it was left alone."""

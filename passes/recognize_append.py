@@ -68,6 +68,8 @@ def _operands(attention: Node) -> Iterator[Node]:
     for position in (1, 2):
         operand = attention.args[position]
         assert isinstance(operand, Node)
+        if operand.target is aten.slice.Tensor and argument(operand, "dim") == 1:
+            operand = g.source(operand)  # some of the heads
         if base(operand).target is torch.ops.llmcomp.cache_dequantize.default:
             yield from base(operand).all_input_nodes
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from llmcomp.graph import is_view, source
 from llmcomp.ops import ACTIVATIONS
@@ -19,6 +19,7 @@ PREPARED = "prepared"
 """Marks a node that is computed of weights alone, once and not in every call."""
 UNARY = (aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default, aten.neg.default)
 CASTS = (aten._to_copy.default,)
+VIEWS = (aten.slice.Tensor, aten.view.default, aten._unsafe_view.default)  # where the last axis stays
 SAMPLE = 64  # rows or columns that are looked at first
 VANISHING = frozenset(ACTIVATIONS) - {"sigmoid"}  # activations of gated that are 0 at 0
 
@@ -39,6 +40,7 @@ class Values:
     weights: Mapping[Node, Tensor]
     facts: dict[tuple[Node, int], Zero] = field(default_factory=dict)
     _made: dict[Node, Tensor] = field(default_factory=dict)
+    _channels: dict[Node, Tensor | None] = field(default_factory=dict)
 
     def of(self, node: object) -> Tensor | None:
         """The value of a weight, of a view of one, or of what is computed of weights alone once."""
@@ -77,21 +79,44 @@ class Values:
 
     # ---- of what is computed ----
 
-    def channels(self, node: Node, depth: int = 8) -> Tensor | None:
+    def learn(self, graph: Graph) -> None:
+        """Ask after every node of a graph, in order, so that what is asked later needs no long way down."""
+        for node in graph.nodes:
+            self.channels(node)
+
+    def channels(self, node: Node) -> Tensor | None:
         """Which elements along the last axis of a node are zero whatever its inputs are, or None."""
-        if depth == 0 or node.op != "call_function":
+        if node.op != "call_function":
             return None
+        if node not in self._channels:
+            self._channels[node] = self._of_call(node)
+        return self._channels[node]
+
+    def _of_call(self, node: Node) -> Tensor | None:
         match node.target:
             case _ if node.target is LINEAR:
                 return self._of_linear(node)
             case torch.ops.llmcomp.gated.default:
-                up = self.channels(source(node, 1), depth - 1)
-                return _either(up, self.channels(source(node), depth - 1) if node.args[2] in VANISHING else None)
+                up = self.channels(source(node, 1))
+                return _either(up, self.channels(source(node)) if node.args[2] in VANISHING else None)
             case aten.mul.Tensor:
-                return _either(*(self.channels(n, depth - 1) for n in node.all_input_nodes if _alike(n, node)))
-            case _ if node.target in (*UNARY, *CASTS):
-                return self.channels(source(node), depth - 1)
+                return _either(*(self.channels(n) for n in node.all_input_nodes if _alike(n, node)))
+            case aten.add.Tensor | aten.sub.Tensor:
+                return self._of_sum(node)
+            case aten.embedding.default:
+                return self.zeros(source(node), 1)
+            case torch.ops.llmcomp.rms_norm.default if node.args[2]:  # without eps a row of zeros gives NaN
+                return self.channels(source(node))
+            case _ if node.target in (*UNARY, *CASTS, *VIEWS):
+                return self.channels(source(node)) if _alike(source(node), node) else None
         return None
+
+    def _of_sum(self, node: Node) -> Tensor | None:
+        """Where both are zero."""
+        if len(node.args) != 2 or not all(isinstance(n, Node) and _alike(n, node) for n in node.args):
+            return None
+        a, b = (self.channels(source(node, i)) for i in range(2))
+        return None if a is None or b is None or not bool((both := a & b).any()) else both
 
     def _of_linear(self, node: Node) -> Tensor | None:
         weight = node.args[1]
@@ -131,6 +156,6 @@ def _either(*found: Tensor | None) -> Tensor | None:
 
 
 def _alike(a: Node, b: Node) -> bool:
-    """Whether a broadcast operand has the result's last axis."""
-    shapes = [n.meta["val"].shape for n in (a, b)]
-    return bool(shapes[0]) and shapes[0][-1] == shapes[1][-1]
+    """Whether a broadcast operand has the result's last axis; a size has none."""
+    shapes = [v.shape for n in (a, b) if isinstance(v := n.meta["val"], Tensor)]
+    return len(shapes) == 2 and bool(shapes[0]) and shapes[0][-1] == shapes[1][-1]

@@ -8,12 +8,12 @@ VOCABULARY = 300
 IDS = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
 
 
-def llama(tied: bool = True, spread: float = 0.02) -> LlamaForCausalLM:
-    """Two layers with seeded weights of standard deviation `spread`."""
+def llama(tied: bool = True, spread: float = 0.02, heads: int = 4, groups: int = 2) -> LlamaForCausalLM:
+    """Two layers with seeded weights of standard deviation `spread`, and so many heads of queries and of keys."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=spread,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=spread,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

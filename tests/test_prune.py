@@ -95,7 +95,7 @@ def test_what_cannot_be_smaller_is_gathered() -> None:
 
     printed, report, _ = pruned(fn, (torch.randn(2, 64, dtype=torch.float64),))
     assert report.rewrites == 1 and "index_select(_softmax, -1, constant)" in printed
-    assert "not computed channel by channel" in report.near_misses[0].reason
+    assert "not computed slice by slice" in report.near_misses[0].reason
 
 
 def test_a_removed_channel_that_somebody_else_reads() -> None:
@@ -146,16 +146,14 @@ return (mul)""",
     )
 
 
-def test_a_whole_layer_of_a_decoder_goes_and_heads_are_skipped() -> None:
+def test_a_whole_layer_of_a_decoder_goes() -> None:
     model = llama(tied=False).double()
     with torch.no_grad():
-        first, second = model.model.layers
+        first, _ = model.model.layers
         first.self_attn.o_proj.weight.zero_()
         first.mlp.down_proj.weight.zero_()
-        second.self_attn.o_proj.weight[:, :64] = 0
     printed, report, _ = pruned(lambda ids: model(ids, use_cache=False).logits, (IDS,))
-    assert report.rewrites == 3 and printed.count("llmcomp.attention") == 1
-    assert ", -1, constant)" in printed
+    assert report.rewrites == 2 and printed.count("llmcomp.attention") == 1
 
 
 def test_masks_of_torch_are_folded() -> None:
