@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Workers share the cores: a thread that waits must not spin. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +12,7 @@ import torch
 
 import llmcomp.backend
 from llmcomp.report import GraphReport
+from tests.triton_worker import MODULES
 
 # Most tests ask whether kernels are right, and most of their time is the compiler's: it does not optimize for them.
 QUICK = "-O0"
@@ -30,12 +32,17 @@ SPREAD = tuple(f"test_{name}.py" for name in "bench bench_gpu integrate kv_cache
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """With -n, leave a file to one worker: its tests share what the first of them builds."""
+    """With -n, leave a file to one worker: its tests share what the first of them builds.
+
+    So do those that wait for Triton's processes, in whatever file: one worker waits, the others go on.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if Path(file).stem in MODULES:
+                return "Triton"
             return nodeid if file.endswith(SPREAD) else file
 
     return ByFile(config, log) if config.getoption("dist") == "load" else None

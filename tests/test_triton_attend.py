@@ -322,8 +322,8 @@ class Seen:
 @pytest.mark.parametrize(
     "seen",
     [
-        Seen(Case(1, 2500, causal=False), 0, 1),
-        Seen(Case(1, 2500, heads=4), 2000, 2300),
+        Seen(Case(1, 700, causal=False), 0, 1),
+        Seen(Case(1, 700, heads=4), 500, 640),
         Seen(Case(1, 300, kv_heads=1, symbolic=False), 150, 200),
         Seen(Case(3, 400, heads=4), 130, 390),
         Seen(Case(40, 300, causal=False), 10, 70),
