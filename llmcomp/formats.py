@@ -43,7 +43,7 @@ NF4_TABLE = (
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 GROUPS = (32, 64, 128)
 MOST_INPUTS = (2**31 - 1) // 127**2  # products of int8 with int8 that an int32 holds the sum of
-AT_ONCE = 2**24  # weights that are quantized together: several float32 copies of them are made
+AT_ONCE = 2**22  # weights that are quantized together: several float32 copies of them are made
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,19 @@ class Format:
             FormatError: it is no matrix, `group` does not divide K, or it holds NaN or infinite numbers.
         """
         check(weight, self)
-        some = [self._some(rows) for rows in weight.split(max(1, AT_ONCE // weight.shape[1]))]
-        zeros = [p.zero for p in some if p.zero is not None]
-        codes, scale = torch.cat([p.codes for p in some]), torch.cat([p.scale for p in some])
-        return Packed(codes, scale, torch.cat(zeros) if zeros else None)
+        step = max(1, AT_ONCE // weight.shape[1])
+        first = self._some(weight[:step])
+        if len(weight) <= step:
+            return first
+        parts = (first.codes, first.scale, first.zero)
+        codes, scale, zero = (p if p is None else p.new_empty(len(weight), *p.shape[1:]) for p in parts)
+        assert codes is not None and scale is not None
+        for at in range(0, len(weight), step):
+            some, rows = self._some(weight[at : at + step]), slice(at, at + step)
+            codes[rows], scale[rows] = some.codes, some.scale
+            if zero is not None:
+                zero[rows] = some.zero
+        return Packed(codes, scale, zero)
 
     def _some(self, rows: Tensor) -> Packed:
         parts = grouped(rows.float(), self.group)

@@ -34,6 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmcomp import foreign
 from llmcomp.errors import FormatError
 from llmcomp.formats import Format, Packed, parse_format
+from llmcomp.heap import leave_files, release_memory
 from llmcomp.layouts import Parts
 from llmcomp.quantization import Choice, chosen, parse_choice
 from llmcomp.quantized import PARTS, QuantizedTensor
@@ -150,6 +151,7 @@ class Quantizer(HfQuantizer):
             raise FormatError(f"{self.problems[0]}{more}") from self.problems[0]
         if self.source is not None:
             self._refuse_missing(model)
+        leave_files(model)
         self.quantization_config.formats = {name: str(form) for name, form in self.formats.items()}
         if self.source is not None:
             self.quantization_config.stored = None
@@ -312,6 +314,7 @@ class _Quantize(_Making):
             quantized = QuantizedTensor.quantize(weight, self.hf_quantizer.formats[name], is_conv(module))
         except FormatError as problem:
             raise FormatError(f"{name}: {problem}") from problem
+        release_memory()
         return nn.Parameter(quantized, requires_grad=False)
 
 

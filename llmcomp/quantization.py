@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
+from llmcomp.heap import release_memory
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 from llmcomp.sites import ROOT, Chosen, Site, by_function, by_patterns, is_linear, names_of, sites
@@ -81,13 +82,20 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
             with a single format, weights that do not fit are left alone and listed. The model is then as it was.
     """
     planned = [plan for plan in _planned(model, spec) if only(plan[0].weight)]
+    _check(planned)
+    formats = {name: form for site, form, _ in planned if form is not None for name, _ in names_of(model, site)}
+    rows = []
+    while planned:
+        rows.append(_apply(*planned.pop(0)))
+        release_memory()  # of this weight: float and packed ones are not all there together
+    prepare_saving(model, formats)
+    return Quantization(tuple(rows))
+
+
+def _check(planned: Sequence[tuple[Site, Format | None, str]]) -> None:
     for site, form, _ in planned:
         if form is not None:
             check_site(site, form)
-    done = Quantization(tuple(_apply(*plan) for plan in planned))
-    pairs = [(name, form) for site, form, _ in planned if form is not None for name, _ in names_of(model, site)]
-    prepare_saving(model, dict(pairs))
-    return done
 
 
 def check_site(site: Site, form: Format) -> None:
