@@ -44,7 +44,7 @@ class Options:
     weights: "Format | None" = None  # quantize the weights that compiled graphs read, in the model itself
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
-    kv_dtype: str | None = None  # one of KV_DTYPES, of the caches that graphs return; None is the model's dtype
+    kv_dtype: str | None = None  # one of KV_DTYPES, of caches; None is the model's dtype
     debug: int = 0  # 1 passes and times, 2 operator counts, 3 graphs, 4 kernel sources; on stderr
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
 

@@ -203,9 +203,7 @@ def _index_put_(
 ) -> QuantizedCacheTensor | None:
     if not isinstance(x, QuantizedCacheTensor) or not _takes_rows(x, indices) or accumulate:
         return None
-    if source.dim() == 0 or source.shape[-1] != x.shape[-1]:  # one number for all channels
-        return None
-    codes, scale = _parts(source, x.codes.dtype)
+    codes, scale = _parts(source if source.dim() else source.reshape(1), x.codes.dtype)
     func(x.codes, indices, codes)
     func(x.scale, indices, scale)
     return x._written()

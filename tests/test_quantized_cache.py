@@ -140,11 +140,12 @@ def test_what_caches_of_fixed_size_do_works_on_codes(dtype: torch.dtype) -> None
     assert not t.scale.any() and not t.codes.view(torch.uint8).any() and t.codes.data_ptr() == place
 
 
-def test_writes_that_reach_into_rows_work_on_what_they_stand_for() -> None:
+def test_writes_of_few_numbers_and_sums() -> None:
     t = held(values())
     expected = t.dequantized()
     for x in (t, expected):
         x[:, :, torch.tensor([1])] = 2.0
+        x[:, :, torch.tensor([0])] = values(B, H, 1, 1)
         torch.ops.aten.index_put_(x, [None, None, torch.tensor([2])], torch.ones(B, H, 1, D), True)
     torch.testing.assert_close(t.dequantized(), expected, rtol=0, atol=0.05)
     assert type(t.roll(1, dims=-1)) is Tensor and type(t.roll(1)) is Tensor
