@@ -293,6 +293,42 @@ def spread_exact_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scal
     return _scaled(nf4(_spread(c0, c1, c2, c3)), scale, zero, False)
 
 
+# ---- 2:4 sparse weights: words of two bfloat16, and the masks of the groups of four that they are kept of ------------
+
+
+@device
+def _low(words: tl.tensor) -> tl.tensor:
+    return (words << 16).to(tl.float32, bitcast=True)
+
+
+@device
+def _high(words: tl.tensor) -> tl.tensor:
+    return (words & -0x10000).to(tl.float32, bitcast=True)
+
+
+@device
+def add_chosen(
+    acc: tl.tensor, words: tl.tensor, kept: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor
+) -> tl.tensor:
+    """`acc` [M, N, Q] and the products of words [1, N, Q, 4] with the operands that `kept` [1, N, Q] chooses."""
+    masks = kept.to(tl.int32)[:, :, :, None] >> (tl.arange(0, 4) * 4)[None, None, None, :]
+    x1, x2 = x1[:, None, :, :], x2[:, None, :, :]
+    first = tl.where((masks & 1) != 0, x0[:, None, :, :], tl.where((masks & 2) != 0, x1, x2))
+    second = tl.where((masks & 8) != 0, x3[:, None, :, :], tl.where((masks & 4) != 0, x2, x1))
+    return acc + tl.sum(first * _low(words) + second * _high(words), axis=3)
+
+
+@device
+def spread_kept(words: tl.tensor, masks: tl.tensor) -> tl.tensor:
+    """Words [W, N] with the masks of their groups as float32 numbers [4 * W, N]."""
+    a, b = _low(words), _high(words)
+    w0 = tl.where((masks & 1) != 0, a, 0.0)
+    w1 = tl.where((masks & 2) != 0, tl.where((masks & 1) != 0, b, a), 0.0)
+    w2 = tl.where((masks & 4) != 0, tl.where((masks & 8) != 0, a, b), 0.0)
+    w3 = tl.where((masks & 8) != 0, b, 0.0)
+    return _spread(w0, w1, w2, w3)
+
+
 # ---- operands that are quantized as well ----------------------------------------------------------------
 
 

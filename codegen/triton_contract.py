@@ -77,6 +77,7 @@ from llmcomp.codegen.triton_file import (
 from llmcomp.codegen.triton_packed import (
     WORD,
     gemv_total,
+    is_sparse,
     print_codes_dot,
     print_quads,
     print_rows,
@@ -85,6 +86,7 @@ from llmcomp.codegen.triton_packed import (
     quad_of,
     words_of,
 )
+from llmcomp.codegen.triton_sparse import GROUP, print_chosen, print_spread_dot
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
 GEMV_ROWS = 4
@@ -247,7 +249,7 @@ def _even(kernel: Contract) -> bool:
     depth, words = kernel.depth.size, words_of(kernel)
     if words is None:
         return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
-    return bool(depth == WORD * words and int(words) % EVEN_WORDS == 0)
+    return bool(depth == (GROUP if is_sparse(kernel) else WORD) * words and int(words) % EVEN_WORDS == 0)
 
 
 def _factor(expr: sympy.Expr) -> str:
@@ -341,7 +343,8 @@ def _print_section(
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
     quads = form == "gemv" and quad_of(kernel) > 0
     if packing_of(kernel) is not None:
-        print_rows(w, section, quads or words_of(kernel) is not None)
+        masks = kernel.sections[0].accumulators[0].weight.row_stride / 9 if is_sparse(kernel) else None
+        print_rows(w, section, quads or words_of(kernel) is not None, masks)
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
         integers = sums_integers(kernel) and (quads or form == "dot")
@@ -351,7 +354,8 @@ def _print_section(
         _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
     for a in section.accumulators:
         if form == "gemv":
-            total = gemv_total(kernel, a) if quads else f"tl.sum({spell(a.name)}, axis=2)"
+            coded = quads and not is_sparse(kernel)
+            total = gemv_total(kernel, a) if coded else f"tl.sum({spell(a.name)}, axis=2)"
             w.line(f"{spell(a.name)} = {total}")
         print_scaled_rows(w, kernel, a.name)
         epilogue.values[a.name] = Value(torch.float32, frozenset({"m", "n"}))
@@ -362,7 +366,11 @@ def _print_step(w: Writer, kernel: Contract, section: Section, form: str, column
     """What a program does with BLOCK_K of the depth."""
     even, native = _even(kernel), torch.float32 if form == "gemv" else dot_dtype(kernel, section)
     operand = partial(_print_operand, w, kernel, tile, native, form)
-    if form == "gemv" and quad_of(kernel):
+    if is_sparse(kernel) and form == "gemv":
+        print_chosen(w, kernel, section, columns.inside, even, operand)
+    elif is_sparse(kernel):
+        print_spread_dot(w, kernel, section, columns.inside, even, native, operand)
+    elif form == "gemv" and quad_of(kernel):
         print_quads(w, kernel, section, columns.block, columns.inside, even, operand)
     elif words_of(kernel) is not None:
         print_codes_dot(w, kernel, section, columns.inside, even, native, operand)

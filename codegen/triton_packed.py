@@ -16,6 +16,7 @@ from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.codegen.triton_dynamic import sums_integers
 from llmcomp.formats import Fp8, Int4, Int8, Mxfp4, Nf4
 from llmcomp.nibbles import BLOCK
+from llmcomp.two_four import TwoFour
 
 WORD = 8
 """Codes of 4 bits in a word."""
@@ -25,11 +26,19 @@ RUN = BLOCK // 2
 
 
 def words_of(kernel: Contract) -> sympy.Expr | None:
-    """The words of a weight row, where they are of 4-bit codes."""
+    """The words of a weight row, where they are of 4-bit codes, or of pairs that a 2:4 sparse matrix keeps."""
     packing = packing_of(kernel)
-    if packing is None or packing.format.bits == 8:
+    assert packing is None or not packing.format.two_four, "codes of 2:4 sparse weights are read by the CPU alone"
+    row = kernel.sections[0].accumulators[0].weight.row_stride
+    if packing is None or packing.format.bits == 8 and not is_sparse(kernel):
         return None
-    return sympy.expand(kernel.sections[0].accumulators[0].weight.row_stride / 4)
+    return sympy.expand(row * 2 / 9 if is_sparse(kernel) else row / 4)
+
+
+def is_sparse(kernel: Contract) -> bool:
+    """Whether weights are 2:4 sparse, and stored without zeros."""
+    packing = packing_of(kernel)
+    return packing is not None and isinstance(packing.format, TwoFour)
 
 
 def quad_of(kernel: Contract) -> int:
@@ -55,13 +64,18 @@ def print_sizes(w: Writer, kernel: Contract, form: str) -> None:
         w.line(f"QUADS: tl.constexpr = BLOCK_K // {quad_of(kernel)}")
 
 
-def print_rows(w: Writer, section: Section, words: bool) -> None:
-    """The rows of the weights of a program, by which scales are found; `words` start at `_rows`, as addresses."""
+def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr | None = None) -> None:
+    """The rows of the weights of a program, by which scales are found; `words` start at `_rows`, as addresses, behind
+    bytes of `masks` where there are some.
+    """
     for a in section.accumulators:
         packing, name = _packing(a), spell(a.name)
         for part, buffer in (("scale", packing.scale), ("zero", packing.zero)):
             if buffer is not None:
                 w.line(f"{name}_{part}_rows = {spell(buffer)} + ({indexed(a.row)}) * {indexed(packing.groups)}")
+        if masks is not None:
+            w.line(f"{name}_masks = {name}_rows")
+            w.line(f"{name}_rows = {name}_rows + {indexed(masks)}")
         if words:
             w.line(f"{name}_rows = {name}_rows.to(tl.pointer_type(tl.int32))")
 

@@ -42,8 +42,11 @@ def _unfit(node: Node, weight: Node) -> str | None:
         return "the quantized matrix is multiplied from its other side"
     if val(node).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the layer computes in {val(node).dtype}"
-    if parse_format(str(weight.args[3])).dynamic:
+    form = parse_format(str(weight.args[3]))
+    if form.dynamic:
         return "this product is none of those whose operand is quantized"
+    if form.two_four and val(node).device.type != "cpu":
+        return f"no kernel of this device reads {form}"
     if val(weight).dim() != 2:
         return "the weight is not a matrix"
     return None

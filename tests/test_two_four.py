@@ -185,7 +185,7 @@ def test_a_layer_of_few_rows_reads_packed_weights() -> None:
     [
         (BF16, 5, True, "5 rows meet them"),
         (torch.float32, 1, True, "in bfloat16 alone"),
-        (BF16, 1, False, "no instruction"),
+        (BF16, 1, False, "known to be faster"),
     ],
 )
 def test_where_it_would_not_pay(dtype: torch.dtype, rows: int, packs: bool, reason: str) -> None:
