@@ -3,6 +3,7 @@
 python examples/finetune_pruned.py --prune 2:4 --steps 300
 python examples/finetune_pruned.py --prune channels --steps 300 --distill
 python examples/finetune_pruned.py --prune 2:4 --quantize int4_g32 --steps 300 --distill --hidden 1.0
+python examples/finetune_pruned.py --prune 2:4 --format int4_g32 --steps 300          (quantization-aware training)
 
 Trains with transformers' Trainer on the sources of CPython's standard library, without the held-out files; masks hold
 through its optimizer. Prints the perplexity on the text of examples/tiny_llama/heldout.txt: dense, pruned, trained.
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--hidden", type=float, default=0.0, help="weight of the difference of hidden states")
     parser.add_argument("--quantize", help="a weight format to measure in, too, such as int4_g32")
+    parser.add_argument("--format", help="a weight format to train in, too, such as int4_g32")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--bytes", type=int, help="measure on so many leading bytes only")
     parser.add_argument("--backend", help='compile the model for training, e.g. "llmcomp" (default: eager)')
@@ -141,6 +143,9 @@ def main() -> None:
         llmcomp.prune_(model, spec, data)
         results["pruned"] = measured("pruned", model)
         quantized("pruned")
+    if args.format:
+        llmcomp.train_quantized_(model, args.format)
+        results[f"pruned, {args.format}"] = measured(f"pruned, {args.format}", model)
     settings = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         max_steps=args.steps,
@@ -172,6 +177,10 @@ def main() -> None:
     way = "distilled" if args.distill else "fine-tuned"
     results[way] = measured(way, model)
     quantized(way)
+    if args.format:
+        copied = copy.deepcopy(model)
+        llmcomp.quantize_(copied, args.format)  # what it was trained with
+        assert measured(f"{way}, {args.format}", copied) == results[way]
     zeros, weights = (sum(int(f(p)) for p in model.model.layers.parameters()) for f in (_zeros, torch.numel))
     print(f"{zeros / weights:.2%} of the layers' weights are zero")
     assert all(math.isfinite(x) for x in results.values())

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmcomp.pruning_schedule import PruningSchedule
     from llmcomp.quantization import Quantization, quantize_
     from llmcomp.quantized import safe_globals
+    from llmcomp.quantized_training import train_quantized_
     from llmcomp.reuse import reset
     from llmcomp.sparsity import NM, Magnitude, Movement, SparseGPT, Structured, Wanda, Zeros
 
@@ -80,6 +81,7 @@ __all__ = [
     "reset",
     "safe_globals",
     "stream",
+    "train_quantized_",
 ]
 
 # Imported when asked for: they bring in torch, and those of generation transformers.
@@ -94,6 +96,7 @@ _LATER = {
     "QuantizationConfig": "llmcomp.hf_quantizer",
     "quantize_": "llmcomp.quantization",
     "safe_globals": "llmcomp.quantized",
+    "train_quantized_": "llmcomp.quantized_training",
     "Pruning": "llmcomp.pruning",
     "prune_": "llmcomp.pruning",
     "PruningSchedule": "llmcomp.pruning_schedule",

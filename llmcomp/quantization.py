@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from llmcomp.errors import FormatError, OptionError
 from llmcomp.formats import Format, Int8, check, parse_format
 from llmcomp.heap import release_memory
+from llmcomp.latents import LATENT, forget, latent_of
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
 from llmcomp.sites import ROOT, Chosen, Site, by_function, by_patterns, is_linear, names_of, sites
@@ -81,19 +82,19 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
         FormatError: a weight holds NaN or infinity, or does not fit the format that a mapping or function chose for it;
             with a single format, weights that do not fit are left alone and listed. The model is then as it was.
     """
-    planned = [plan for plan in _planned(model, spec) if only(plan[0].weight)]
-    _check(planned)
-    formats = {name: form for site, form, _ in planned if form is not None for name, _ in names_of(model, site)}
+    plans = [plan for plan in planned(model, spec) if only(plan[0].weight)]
+    _check(plans)
+    formats = {name: form for site, form, _ in plans if form is not None for name, _ in names_of(model, site)}
     rows = []
-    while planned:
-        rows.append(_apply(*planned.pop(0)))
+    while plans:
+        rows.append(_apply(*plans.pop(0)))
         release_memory()  # of this weight: float and packed ones are not all there together
     prepare_saving(model, formats)
     return Quantization(tuple(rows))
 
 
-def _check(planned: Sequence[tuple[Site, Format | None, str]]) -> None:
-    for site, form, _ in planned:
+def _check(plans: Sequence[tuple[Site, Format | None, str]]) -> None:
+    for site, form, _ in plans:
         if form is not None:
             check_site(site, form)
 
@@ -120,16 +121,20 @@ def chosen(model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None) 
     Raises:
         OptionError, FormatError: as `quantize_`, values of weights left aside: they may lie on the meta device.
     """
-    planned = _planned(model, spec, tied or {})
-    return [(name, f) for site, f, _ in planned if f is not None for name, _ in names_of(model, site)]
+    plans = planned(model, spec, tied or {})
+    return [(name, f) for site, f, _ in plans if f is not None for name, _ in names_of(model, site)]
 
 
-def _planned(
+def planned(
     model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None
 ) -> list[tuple[Site, Format | None, str]]:
-    """What becomes of every weight: its format, or the reason why it has none."""
+    """What becomes of every weight: its format, or the reason why it has none.
+
+    Raises:
+        OptionError, FormatError: see `quantize_`.
+    """
     choose = _chooser(model, spec)
-    planned: list[tuple[Site, Format | None, str]] = []
+    plans: list[tuple[Site, Format | None, str]] = []
     for site in sites(model, tied):
         form, reason = choose(site)
         if form is not None and is_torchao(site.weight):
@@ -140,8 +145,8 @@ def _planned(
             if not isinstance(spec, Format | str):
                 raise FormatError(f"{site.label}: {problem}")
             form, reason = None, problem
-        planned.append((site, form, reason))
-    return planned
+        plans.append((site, form, reason))
+    return plans
 
 
 def _of_torchao(site: Site) -> tuple[Format | None, str]:
@@ -163,7 +168,7 @@ def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
     """What is quantized inside of this is not afterwards."""
-    before = [(m, dict(m._parameters)) for m in model.modules()]
+    before = [(m, dict(m._parameters), m.__dict__.get(LATENT)) for m in model.modules()]
     marks = ("hf_quantizer", "is_quantized", "quantization_method")
     unmarked = [(m, mark) for m in model.modules() for mark in marks if mark not in m.__dict__]
     config = getattr(model, "config", None)
@@ -171,8 +176,10 @@ def put_back(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, parameters in before:
+        for module, parameters, latent in before:
             module._parameters.update(parameters)
+            if latent is not None:
+                module.__dict__[LATENT] = latent
         for module, mark in unmarked:
             module.__dict__.pop(mark, None)
         if config is not None and not had_config and hasattr(config, "quantization_config"):
@@ -271,8 +278,10 @@ def _apply(site: Site, form: Format | None, reason: str) -> Row:
         weight = site.weight
         quantized = QuantizedTensor(read.packed, read.format, weight.shape, weight.dtype, False, read.order)
     else:
-        quantized = QuantizedTensor.quantize(site.weight, form, site.transposed)
+        latent = latent_of(site.weight)
+        quantized = QuantizedTensor.quantize(latent.values if latent else site.weight, form, site.transposed)
     parameter = nn.Parameter(quantized, requires_grad=False)
     for module in site.holders:
         module.weight = parameter
+        forget(module)
     return Row(site.name, tuple(quantized.shape), form, "", before, quantized.nbytes)

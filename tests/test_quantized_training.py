@@ -1,0 +1,163 @@
+"""llmcomp.train_quantized_: trained with exactly the values that quantize_ stores."""
+
+import copy
+import io
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmcomp
+from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
+from llmcomp.latents import latent_of
+from tests.quantizable import IDS, llama, logits
+
+FORMATS: tuple[Format, ...] = (Int8(), Int8(32), Fp8(), Int4(32), Int4(32, symmetric=True), Nf4(32), Mxfp4())
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train(model: nn.Module, steps: int = 3, rate: float = 1e-2) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().sum().backward()
+        optimizer.step()
+
+
+def layer() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 16))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_quantizing_gives_what_was_trained_with(form: Format) -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, {"0": form})
+    train(model)
+    used = model[0].weight.detach().clone()
+    again = layer()
+    again.load_state_dict(model.state_dict())  # from a checkpoint, too
+    for one in (model, again):
+        llmcomp.quantize_(one, {"0": form})
+        assert torch.equal(one[0].weight.dequantize(), used)
+
+
+def test_the_gradient_passes_straight_through() -> None:
+    """One step of plain SGD, by hand."""
+    model, x = layer(), torch.randn(8, 64)
+    before = model[0].weight.detach().clone()
+    llmcomp.train_quantized_(model, "int4_g32")
+    rounded = Int4(32).dequantize(Int4(32).quantize(before), 64, torch.float32)
+    assert torch.equal(model[0].weight, rounded) and not torch.equal(rounded, before)
+    copied = rounded.clone().requires_grad_(True)
+    nn.functional.linear(x, copied, model[0].bias).square().sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    model(x).square().sum().backward()
+    assert torch.equal(model[0].weight.grad, copied.grad)
+    optimizer.step()
+    latent = before - 1e-4 * copied.grad
+    torch.testing.assert_close(model.state_dict()["0.weight"], latent)
+    assert torch.equal(model[0].weight, Int4(32).dequantize(Int4(32).quantize(latent), 64, torch.float32))
+
+
+def test_small_steps_add_up() -> None:
+    """What is too small to change a code is not lost."""
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    before = model[0].weight.detach().clone()
+    train(model, steps=1, rate=1e-5)
+    assert float((model[0].weight != before).float().mean()) < 0.5
+    train(model, steps=300, rate=1e-3)
+    assert float((model[0].weight != before).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("first", ["prune", "quantize"])
+def test_with_masks(first: str) -> None:
+    model = layer()
+    if first == "prune":
+        llmcomp.prune_(model, "2:4")
+    llmcomp.train_quantized_(model, "int4_g32")
+    if first == "quantize":
+        llmcomp.prune_(model, "2:4")
+    train(model)
+    gone = model.state_dict()["0.weight"] == 0
+    assert int(gone.sum()) == 64 * 16 // 2 and not bool(model[0].weight[gone].any())
+    llmcomp.quantize_(model, "int4_g32")
+    assert int((model[0].weight.dequantize().view(-1, 4) == 0).sum(1).min()) == 2
+
+
+def test_what_others_write_is_trained_on() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int8")
+    new = torch.randn(16, 64)
+    model.load_state_dict({"0.weight": new, "0.bias": torch.zeros(16)})
+    assert torch.equal(model[0].weight, Int8().dequantize(Int8().quantize(new), 64, torch.float32))
+    assert torch.equal(model.state_dict()["0.weight"], new)
+    with torch.no_grad():
+        model[0].weight[0] = 5.0
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    latent = latent_of(model[0].weight)
+    assert latent is not None and bool((latent.values[0] == 5).all()) and torch.equal(latent.values[1:], new[1:])
+
+
+def test_copies_are_trained_for_themselves() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for made in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(made.state_dict()["0.weight"], model.state_dict()["0.weight"])
+        before = model[0].weight.detach().clone()
+        train(made)
+        assert torch.equal(model[0].weight, before) and not torch.equal(made[0].weight, before)
+        assert latent_of(made[0].weight) is not latent_of(model[0].weight)
+
+
+def test_a_decoder_with_a_tied_head_and_the_backend() -> None:
+    model = llama(spread=0.1).train()
+    report = llmcomp.train_quantized_(model, "int4_g32")
+    assert str(report.rows[-1].format) == "int8" or any(str(r.format) == "int8" for r in report.quantized)
+    llmcomp.prune_(model, "2:4")
+    model(IDS, labels=IDS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.compile(model, backend="llmcomp")(IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+    torch.optim.AdamW(model.parameters(), 1e-3).step()
+    used = logits(model.eval())
+    assert {r.name: str(r.format) for r in llmcomp.quantize_(model, "int4_g32").rows} == {
+        r.name: str(r.format) for r in report.rows
+    }
+    assert torch.equal(logits(model), used)
+
+
+def test_explaining_with_other_weights_leaves_the_training_alone() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    before: Tensor = model.state_dict()["0.weight"].clone()
+    with torch.no_grad():
+        llmcomp.explain(model.eval(), torch.randn(2, 64), options={"weights": "int8"})
+    assert torch.equal(model.state_dict()["0.weight"], before) and not torch.equal(model[0].weight, before)
+
+
+def test_bad_input() -> None:
+    model = layer()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(llmcomp.OptionError, match="train in int8"):
+        llmcomp.train_quantized_(model, "int8_dynamic")
+    with pytest.raises(llmcomp.OptionError, match="matches"):
+        llmcomp.train_quantized_(model, {"nothing": "int8"})
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(llmcomp.FormatError, match="finite"):
+        llmcomp.train_quantized_(model, "int8")
+    assert torch.equal(model[0].weight[1:], before[1:])
