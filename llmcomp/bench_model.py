@@ -3,6 +3,7 @@
 Setup("LlamaConfig", {"hidden_size": 2048}, "bfloat16", "cpu").build()
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,8 +74,14 @@ class Setup:
     device: str
     threads: int
 
-    def build(self) -> transformers.PreTrainedModel:
-        """The model in eval mode, with seeded weights."""
+    def build(
+        self, then: Callable[[transformers.PreTrainedModel, nn.Parameter], object] = lambda model, weight: None
+    ) -> transformers.PreTrainedModel:
+        """The model in eval mode, with seeded weights.
+
+        `then` is called for each weight when it has its numbers. Memory is taken as weights get them: with weights that
+        are packed there, a model is never held whole in floats, as when it is loaded so from a checkpoint.
+        """
         config = getattr(transformers, self.config)(**self.settings)
         torch.set_default_dtype(getattr(torch, self.dtype))
         try:
@@ -83,7 +90,7 @@ class Setup:
         finally:
             torch.set_default_dtype(torch.float32)
         model.tie_weights()
-        fill(model)
+        fill(model, then)
         # Every run is to give as many tokens as it was asked for.
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -97,19 +104,24 @@ class Setup:
         return torch.randint(3, vocabulary, (batch, length), generator=generator).to(self.device)
 
 
-def fill(model: nn.Module) -> None:
+def fill(
+    model: transformers.PreTrainedModel, then: Callable[[transformers.PreTrainedModel, nn.Parameter], object]
+) -> None:
     """Matrices get random numbers of standard deviation 0.02, biases 0, other vectors (norm weights) 1."""
     parameters = dict(model.named_parameters())
     some = next(iter(parameters.values()))
     stretch = 0.02 * torch.randn(STRETCH, generator=torch.Generator().manual_seed(0))
     stretch = stretch.to(some.device, some.dtype)
     with torch.no_grad():
-        for name, p in parameters.items():
+        for name in list(parameters):
+            p = parameters.pop(name)
             if p.ndim < 2:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             for piece in torch.split(p.view(-1), STRETCH):
                 piece.copy_(stretch[: piece.numel()])
+            del piece  # it holds the weight
+            then(model, p)
 
 
 def bytes_per_token(model: transformers.PreTrainedModel) -> int:

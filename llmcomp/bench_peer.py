@@ -187,12 +187,15 @@ def commands() -> Iterator[dict[str, Any]]:
     return map(json.loads, sys.stdin)
 
 
+def quantize_one(peer: Peer, model: Any, weight: Tensor) -> None:
+    """Quantize a weight as ours are: one by one, while they are loaded."""
+    if peer.weights and peer.backend == "llmcomp":
+        quantize_(model, peer.weights, lambda other: other is weight)
+
+
 def quantize(model: Any, peer: Peer) -> None:
-    """Quantize the weights of the model as the peer does it."""
-    if not peer.weights:
-        return
-    if peer.backend == "llmcomp":
-        quantize_(model, peer.weights)
+    """Quantize the weights of the model as the others do it."""
+    if not peer.weights or peer.backend == "llmcomp":
         return
     torchao: Any = importlib.import_module("torchao.quantization")
     torchao.quantize_(model, getattr(torchao, peer.weights)())
@@ -227,7 +230,7 @@ def main() -> None:
     base = resident()
     if peer.backend == "llama.cpp":
         return serve_llama_cpp(peer, setup, base)
-    model = setup.build()
+    model = setup.build(partial(quantize_one, peer))
     prune(model, peer)
     quantize(model, peer)
     if peer.backend is not None and not peer.static:

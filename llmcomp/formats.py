@@ -113,7 +113,7 @@ class Format:
         for at in range(0, len(weight), step):
             some, rows = self._some(weight[at : at + step]), slice(at, at + step)
             codes[rows], scale[rows] = some.codes, some.scale
-            if zero is not None:
+            if zero is not None and some.zero is not None:
                 zero[rows] = some.zero
         return Packed(codes, scale, zero)
 

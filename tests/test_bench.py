@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import Parameter
+from transformers import PreTrainedModel
 
 import llmcomp.bench_process
 from llmcomp.bench import Load, Measured, loads, main, measure, parse, rate, setting, setup_of, split, table
@@ -17,7 +19,10 @@ from llmcomp.bench_llama_cpp import file_name, library
 from llmcomp.bench_machine import Bandwidth
 from llmcomp.bench_model import Setup, bytes_per_token
 from llmcomp.bench_overhead import decoding_step, measure_loops, measure_overhead, without_kernels
+from llmcomp.bench_peer import PEERS, quantize_one
 from llmcomp.bench_process import Died, Process
+from llmcomp.quantization import quantize_
+from llmcomp.quantized import QuantizedTensor
 
 SMALL = {
     "vocab_size": 64,
@@ -123,6 +128,21 @@ def test_weights_are_filled_and_counted(tied: bool) -> None:
     total = sum(p.numel() for p in model.parameters())
     assert bytes_per_token(model) == 2 * (total - (0 if tied else 64 * 32))
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_weights_are_quantized_as_they_are_filled() -> None:
+    setup, floats = Setup("LlamaConfig", SMALL, "bfloat16", "cpu", 1), list[int]()
+
+    def then(model: PreTrainedModel, weight: Parameter) -> None:
+        assert 0.01 < weight.float().std() < 0.03
+        quantize_one(PEERS["llmcomp-int8"], model, weight)
+        floats.append(sum(p.ndim == 2 and not isinstance(p, QuantizedTensor) for p in model.parameters()))
+
+    model = setup.build(then)
+    assert floats == list(range(9, 0, -1))  # the embedding stays as it is
+    whole = setup.build()
+    quantize_(whole, "int8")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
 
 
 def test_bandwidth_is_that_of_a_machine() -> None:
