@@ -8,6 +8,9 @@ The part that is pruned rises from `initial` to the target as 1 - (1 - t) ** 3 (
 fast at first, while there is much to choose from.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +57,7 @@ class PruningSchedule:
             if not plan.site.weight.requires_grad:
                 raise PruneError(f"expected weights that are trained, found {plan.site.name} frozen: leave it out")
         self._matrices = [
-            _Matrix(plan.site.holders, plan.by.sparsity, isinstance(plan.by, Movement))
+            _Matrix(plan.site.name, plan.site.holders, plan.by.sparsity, isinstance(plan.by, Movement))
             for plan in chosen
             if isinstance(plan.by, Magnitude | Movement)
         ]
@@ -77,6 +80,29 @@ class PruningSchedule:
             for matrix in self._matrices:
                 matrix.prune(cubic(self.progress, min(self.initial, matrix.target), matrix.target))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands: steps, masks, and what movement has measured. The weights are the model's."""
+        return {"count": self.count, "matrices": {m.name: m.state() for m in self._matrices}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a schedule of the same model and spec was; to be called after the weights are loaded.
+
+        Raises:
+            PruneError: it is the state of another schedule. This one is then as it was.
+        """
+        given, names = state.get("matrices", {}), [m.name for m in self._matrices]
+        problem = None if set(given) == set(names) else f"one of {', '.join(given) or 'none'}"
+        for matrix in self._matrices if problem is None else ():
+            problem = problem or matrix.misfit(given[matrix.name])
+        if problem is not None:
+            raise PruneError(
+                f"expected the state of a schedule of {', '.join(names)}, found {problem}: pass what state_dict() of a "
+                "schedule of the same model and spec gave"
+            )
+        self.count = state["count"]
+        for matrix in self._matrices:
+            matrix.load(given[matrix.name])
+
     def report(self) -> Pruning:
         """What is pruned by now, matrix by matrix."""
         return pruning_of(self._plans)
@@ -85,7 +111,8 @@ class PruningSchedule:
 class _Matrix:
     """One weight on its way; by movement, with what it is worth, and the values of what is pruned."""
 
-    def __init__(self, holders: tuple[nn.Module, ...], target: float, moves: bool) -> None:
+    def __init__(self, name: str, holders: tuple[nn.Module, ...], target: float, moves: bool) -> None:
+        self.name = name
         weight = holders[0]._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
         self.weight, self.target = weight, target
@@ -94,6 +121,23 @@ class _Matrix:
         if moves:
             weight.register_hook(self._watch)  # before that of the mask: it sees the gradients of what is pruned
         self.held: Held = hold(holders, "weight", weight.detach() != 0)
+
+    def state(self) -> dict[str, Tensor]:
+        state = {"mask": self.held.mask, "worth": self.worth, "values": self.values}
+        return {key: value.clone() for key, value in state.items() if value is not None}
+
+    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why a state is not that of this matrix, or None."""
+        mine = {key: (value.shape, value.dtype) for key, value in self.state().items()}
+        found = {key: (value.shape, value.dtype) for key, value in state.items()}
+        return None if mine == found else f"for {self.name} {found}, not {mine}"
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        device = self.weight.device
+        self.held.mask = state["mask"].to(device, copy=True)
+        if self.worth is not None:
+            self.worth, self.values = (state[key].to(device, copy=True) for key in ("worth", "values"))
+        self.held.apply()
 
     def _watch(self, gradient: Tensor) -> None:
         assert self.worth is not None and self.values is not None

@@ -1,5 +1,7 @@
 """llmcomp/pruning_schedule.py: a little more at every step; movement lets weights come back."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,42 @@ def test_frozen_weights_and_movement_without_a_schedule() -> None:
         PruningSchedule(nn.Linear(4, 4).requires_grad_(False), Movement(0.5), steps=5)
     with pytest.raises(OptionError, match="PruningSchedule"):
         llmcomp.prune_(nn.Linear(4, 4), Movement(0.5))
+
+
+@pytest.mark.parametrize("spec", [Magnitude(0.75), Movement(0.5)])
+def test_going_on_from_a_state(spec: Magnitude | Movement) -> None:
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    batches = torch.randn(8, 4, 16)
+
+    def train(model: nn.Module, schedule: PruningSchedule, some: torch.Tensor) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for batch in some:
+            optimizer.zero_grad()
+            model(batch).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+
+    first = copy.deepcopy(whole)
+    train(whole, schedule := PruningSchedule(whole, spec, steps=8), batches)
+    assert schedule.done
+    train(first, half := PruningSchedule(first, spec, steps=8), batches[:5])
+    again = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    again.load_state_dict(first.state_dict())
+    rest = PruningSchedule(again, spec, steps=8)
+    rest.load_state_dict(half.state_dict())
+    assert rest.count == 5
+    train(again, rest, batches[5:])
+    for name, parameter in again.state_dict().items():
+        assert torch.equal(parameter, whole.state_dict()[name]), name
+
+
+def test_the_state_of_another_schedule_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    schedule = PruningSchedule(model, Magnitude(0.5), steps=8)
+    other = PruningSchedule(nn.Sequential(nn.Linear(16, 16)), Magnitude(0.5), steps=8).state_dict()
+    moved = PruningSchedule(copy.deepcopy(model), Movement(0.5), steps=8).state_dict()
+    for state in (other, moved, {}):
+        with pytest.raises(PruneError, match="state of a schedule of 0, 1"):
+            schedule.load_state_dict(state)
+    assert schedule.count == 0 and zeros(model[0]) == 0
