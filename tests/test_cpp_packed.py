@@ -120,6 +120,7 @@ def test_a_code_beyond_those_of_ours(library: Library) -> None:
         assert torch.equal(buffers[-1].float(), torch.full((2, 45), 128.0 * 256))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,dtype", [("int4", BF16), ("nf4_g32", F32), ("int8", BF16), ("int8_dynamic", BF16)])
 def test_optimized(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     kernel = packed_linear(S0, 256, 45, parse_format(name), dtype)
@@ -159,6 +160,7 @@ def assert_right(buffers: list[torch.Tensor], exact: torch.Tensor) -> None:
         assert_no_worse(buffers[-1], exact.to(buffers[-1].dtype), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("flags", [("-mno-avx",), ("-mno-avx512f",)], ids=["sse", "avx2"])
 def test_narrower_vectors(tmp_path: Path, flags: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -172,6 +174,7 @@ def test_narrower_vectors(tmp_path: Path, flags: tuple[str, ...], dtype: torch.d
             assert_right(buffers, exact)
 
 
+@pytest.mark.slow
 @arm
 @pytest.mark.parametrize("architecture", ["armv8-a", "armv8.2-a+dotprod"])
 def test_arm(tmp_path: Path, architecture: str) -> None:

@@ -88,6 +88,7 @@ def test_greedy_tokens(eager: PreTrainedModel, compiled: PreTrainedModel, monkey
     assert steps == [19, 4], "11 calls of the model and 12 choices; the first two of each go through Dynamo"
 
 
+@pytest.mark.slow
 def test_left_padding(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
     assert torch.equal(
         llmcomp.generate(compiled, **PADDED, max_new_tokens=8), eager.generate(**PADDED, max_new_tokens=8)
@@ -159,6 +160,7 @@ def test_outputs(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
     torch.testing.assert_close(caches[0].layers[0].keys, caches[1].layers[0].keys)
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_with_its_cache(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
     results = []
     for run in (eager.generate, partial(llmcomp.generate, compiled)):
@@ -188,6 +190,7 @@ def test_more_tokens_than_there_was_room_for(
     assert torch.equal(llmcomp.generate(compiled, **PADDED, max_new_tokens=70), expected)
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_distribution_of_transformers(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
     """The first two tokens of 2,000 rows, counted together: a chi-square test of two samples at one in a thousand."""
     settings = {"do_sample": True, "top_k": 4, "temperature": 1.5, "max_new_tokens": 2, "num_return_sequences": 2000}

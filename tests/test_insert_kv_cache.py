@@ -90,9 +90,10 @@ POSITIVE: dict[str, sm.Design] = {
     "keys and values": sm.Design(keys_too=True, layers=2),
     "running sum": sm.Design(before=lambda x: x + x.detach().cumsum(1) * 0.01),
 }
+FAST = ("sdpa", "alibi", "the last three")
 
 
-@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in POSITIVE])
 def test_pieces_give_what_the_whole_gives(name: str) -> None:
     with torch.no_grad():
         gm, report = analysed(sm.Decoder(POSITIVE[name]), ids(batch=2))
@@ -133,6 +134,7 @@ def test_static_shapes_are_left_alone() -> None:
     assert PLAN not in gm.meta
 
 
+@pytest.mark.slow
 def test_encoders_are_left_alone() -> None:
     case = next(c for c in models.encoder_cases() if c.name.startswith("bert"))
     model = case.build(torch.float32)
@@ -152,6 +154,7 @@ def test_architectures_of_transformers(name: str) -> None:
         check(gm, (4, 6, 1))
 
 
+@pytest.mark.slow
 def test_padding_is_read_by_position() -> None:
     model = models.causal_lm("llama").build(torch.float32)
     mask = torch.ones(2, 11, dtype=torch.int64)

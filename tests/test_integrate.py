@@ -81,6 +81,7 @@ def test_generate_in_a_thread_leaves_calls_in_another_eager(model, graphs):
     assert torch.equal(seen[0], eager) and graphs
 
 
+@pytest.mark.slow
 def test_static_cache_and_beams_run_compiled(model, graphs):
     fast = torch.compile(model, **OURS)
     for settings in ({"cache_implementation": "static"}, {"num_beams": 2}):

@@ -95,12 +95,20 @@ WAYS: dict[str, dict[str, object]] = {
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "chunked prefill": {"prefill_chunk_size": 4},
 }
-FAST = ((mistral, "greedy"), (llama, "prompt lookup"))
+FAST = ((mistral, "greedy"),)
+SLOW = ((llama, "prompt lookup"),)
 
 
 MORE = pytest.mark.sweep
+
+
+def marks_of(make: object, way: str) -> tuple[pytest.MarkDecorator, ...]:
+    """When a case runs: always, with what is slow, or with everything."""
+    return () if (make, way) in FAST else (pytest.mark.slow,) if (make, way) in SLOW else (MORE,)
+
+
 CASES = [
-    pytest.param(make, way, marks=() if (make, way) in FAST else MORE, id=f"{make.__name__}-{way}")
+    pytest.param(make, way, marks=marks_of(make, way), id=f"{make.__name__}-{way}")
     for make in (llama, mistral, gemma2, gpt2)
     for way in WAYS
 ]
@@ -115,7 +123,9 @@ def test_generation_gives_the_tokens_of_eager(graphs: list[GraphReport], make, w
 
 
 @pytest.mark.parametrize("make", [llama, pytest.param(mistral, marks=MORE), pytest.param(gpt2, marks=MORE)])
-@pytest.mark.parametrize("way", ["two beams", "static", pytest.param("greedy", marks=MORE)])
+@pytest.mark.parametrize(
+    "way", [pytest.param("two beams", marks=pytest.mark.slow), "static", pytest.param("greedy", marks=MORE)]
+)
 def test_left_padded_batches(graphs: list[GraphReport], make, way: str) -> None:
     eager, compiled = pair(make)
     prompt = left_padded([9, 4, 7])

@@ -81,7 +81,15 @@ def generated(model: PreTrainedModel, kv_dtype: str | None = None, **inputs: obj
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-@pytest.mark.parametrize("make", [llama, mistral, pytest.param(gemma2, marks=MORE), pytest.param(gpt2, marks=MORE)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        llama,
+        pytest.param(mistral, marks=pytest.mark.slow),
+        pytest.param(gemma2, marks=MORE),
+        pytest.param(gpt2, marks=MORE),
+    ],
+)
 def test_generation_gives_the_tokens_of_an_eager_cache_that_rounds_alike(
     graphs: list[GraphReport], make: Make, kv_dtype: str
 ) -> None:

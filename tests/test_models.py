@@ -28,13 +28,14 @@ GENERATE = {
     "deepseek_v3": 90,
     "mamba": 90,
 }
+LONG = ("gpt_neox", "olmo2", "gpt_oss", "deepseek_v3")
 LOGITS = ("llama", "bert-sequence", "modernbert-token", *map(SLOW, ("whisper-speech", "t5")))
-LEFT_PADDED = ("llama", SLOW("gpt2"))
-BEAMS = ("gemma2", SLOW("bart-seq2seq"))
+LEFT_PADDED = ("llama", "gpt2")
+BEAMS = ("gemma2", "bart-seq2seq")
 BFLOAT16 = ("llama", "mixtral", *map(SLOW, "qwen3 gemma2 gpt2 bloom bert-token".split()))
 
 
-@pytest.mark.parametrize("name", GENERATE)
+@pytest.mark.parametrize("name", [SLOW(name) if name in LONG else name for name in GENERATE])
 def test_greedy_tokens_of_a_padded_batch_equal_eager(name: str) -> None:
     count = CHECKS["generate"](case_named(name), "llmcomp")
     assert count.breaks == 0
@@ -53,16 +54,19 @@ def test_bfloat16_is_no_less_exact_than_eager(name: str) -> None:
     assert CHECKS["bfloat16"](case_named(name), "llmcomp").breaks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEFT_PADDED)
 def test_greedy_tokens_of_three_prompts_equal_eager(name: str) -> None:
     assert CHECKS["left-padded"](case_named(name), "llmcomp").breaks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEAMS)
 def test_two_beams_equal_eager(name: str) -> None:
     assert CHECKS["beams"](case_named(name), "llmcomp").breaks == 0
 
 
+@pytest.mark.slow
 def test_static_cache() -> None:
     assert CHECKS["static"](case_named("llama"), "llmcomp").breaks == 0
 

@@ -142,6 +142,7 @@ def test_models_of_one_shape_share_a_program_and_not_their_zeros() -> None:
             assert_equal_float32(call(model, X), model(X))
 
 
+@pytest.mark.slow
 def test_programs_share_what_they_prepare_and_keep_no_model() -> None:
     model = llama()
     llmcomp.prune_(model, llmcomp.Structured(channels=0.5))

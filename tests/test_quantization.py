@@ -179,6 +179,7 @@ def test_compiled_equals_eager(name: str) -> None:
     assert counted.frame_count > 0
 
 
+@pytest.mark.slow
 def test_the_lean_loop_gives_the_same_tokens() -> None:
     model = llama()
     quantize_(model, "int4")

@@ -260,6 +260,7 @@ def bound(most: int) -> Iterator[None]:
         program._most = value
 
 
+@pytest.mark.slow
 def test_threads(fast: nn.Module, kinds: list[str]) -> None:
     failures: list[BaseException] = []
 

@@ -97,7 +97,9 @@ def test_a_decode_step_of_a_layer(config: PretrainedConfig, kernels: list[str]) 
     assert decode(AutoModelForCausalLM.from_config(config).eval(), config) == kernels
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int8_dynamic", "fp8_dynamic"])
+@pytest.mark.parametrize(
+    "name", ["int8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp8", "int8_dynamic", "fp8_dynamic"))]
+)
 def test_quantized_weights_take_no_more_kernels(name: str) -> None:
     config = LlamaConfig(**SMALL)
     model = AutoModelForCausalLM.from_config(config).eval()
