@@ -7,6 +7,7 @@ from llmcomp.codegen.build import cpu_features
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
 from llmcomp.formats import Format, Int4, Mxfp4
+from llmcomp.masked import Masked
 from llmcomp.two_four import TwoFour
 
 
@@ -14,7 +15,7 @@ def header(packing: Packing | None) -> str:
     """The header that a kernel of such weights builds on."""
     if packing is None:
         return "contract"
-    if isinstance(packing.format, TwoFour) or packing.format.two_four:
+    if isinstance(packing.format, TwoFour | Masked) or packing.format.two_four:
         return "sparse"
     return "dynamic" if packing.format.dynamic else "packed"
 
@@ -27,7 +28,8 @@ def expands() -> bool:
 
 def operand_type(kernel: Contract, packing: Packing) -> str:
     """The type that packs the operand for such weights."""
-    kind = "Dynamic" if packing.format.dynamic else "Sparse" if isinstance(packing.format, TwoFour) else "Operand"
+    sparse = isinstance(packing.format, TwoFour | Masked)
+    kind = "Dynamic" if packing.format.dynamic else "Sparse" if sparse else "Operand"
     return f"packed::{kind}<{weights_type(kernel, packing)}, {MEMORY_TYPES[kernel.operand_dtype]}>"
 
 
@@ -43,6 +45,8 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
     form = packing.format
     if isinstance(form, TwoFour):
         return f"packed::TwoFour<{MEMORY_TYPES[kernel.operand_dtype]}>"
+    if isinstance(form, Masked):
+        return f"packed::Masked<{MEMORY_TYPES[kernel.operand_dtype]}>"
     if form.bits == 4:
         zeros = "false" if packing.zero is None else "true"
         kind = "SparseNibbles" if form.two_four else "Nibbles"

@@ -28,7 +28,8 @@ from llmcomp.codegen.pull import Inner, Puller, Special, compute_dtype, fake
 from llmcomp.codegen.rules import rules
 from llmcomp.formats import Format, parse_format
 from llmcomp.graph import is_contiguous
-from llmcomp.products import PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
+from llmcomp.masked import ENTRY, Masked
+from llmcomp.products import MASKED, PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
 from llmcomp.region import Region, Unfit
 from llmcomp.two_four import TwoFour
 
@@ -364,13 +365,15 @@ def storage(layer: Node) -> Format | None:
     """The format in which the weight of a layer is stored, None where it is dense."""
     if layer.target is TWO_FOUR:
         return TwoFour()
+    if layer.target is MASKED:
+        return Masked()
     return parse_format(str(layer.args[5])) if layer.target is PACKED else None
 
 
 def row_scale(layer: Node) -> Node | None:
     """The scales of a quantized weight, where there is one for each row."""
     form = storage(layer)
-    if form is None or form.group or layer.target is TWO_FOUR:
+    if form is None or form.group or layer.target is not PACKED:
         return None
     scale = layer.args[2]
     assert isinstance(scale, Node)
@@ -384,7 +387,7 @@ def _packed(layer: Node, form: Format, prologue: Puller) -> K.Weight:
         if isinstance(part, Node) and (not prologue.in_memory(part) or not is_contiguous(fake(part))):
             raise Unfit(f"the quantized weight of {layer.name} is computed")
     assert isinstance(codes, Node)
-    row = size(fake(codes).shape[1])
+    row = sympy.Integer(ENTRY) if isinstance(form, Masked) else size(fake(codes).shape[1])
     buffer = prologue.buffer(codes, "weight").name
     if not form.group:
         return K.Weight(buffer, row, sympy.Integer(1), packing=K.Packing(form))

@@ -269,6 +269,85 @@ struct TwoFour {
     }
 };
 
+// The same with zeros anywhere (llmcomp/masked.py): `codes` is where the table has an entry for the row.
+template <typename Graph>
+struct Masked : TwoFour<Graph> {
+    typedef TwoFour<Graph> Base;
+    using Base::STEP, Base::HALF, Base::PAIRS, Base::codes, Base::ld;
+
+    // Where the masks (0) or the numbers (1) of a row begin.
+    MEMBER const uint8_t* start(int64_t n, int64_t which) const {
+        const uint8_t* const entry = codes + n * ld;
+        int64_t distance;
+        __builtin_memcpy(&distance, entry + 8 * which, 8);
+        return entry + distance;
+    }
+
+#if LLMCOMP_EXPANDS
+    template <int64_t R, int64_t C>
+    MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t*) const {
+        constexpr int64_t LONG = PAIRS ? HALF : STEP;
+        const uint8_t *masks[R], *kept[R];
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < R; ++r) masks[r] = start(n + r, 0), kept[r] = start(n + r, 1);
+        const int64_t ahead = start(n + R, 1) - kept[0];  // the same columns of the rows that are read next
+        Vec even[R][C] = {}, odd[R][C] = {};
+        const int64_t blocks = (depth + BLOCK - 1) / BLOCK;
+        for (int64_t b = 0; b < blocks; ++b) {
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < R; ++r)
+                for (int64_t i = 0; i < BLOCK; i += 64) __builtin_prefetch(kept[r] + ahead + i, 0, 2);
+#pragma GCC unroll 4
+            for (int64_t s = 0; s < BLOCK / STEP; ++s, x += C * LONG)
+#pragma GCC unroll 4
+                for (int64_t r = 0; r < R; ++r) {
+                    const uint32_t bits = mask_at<uint32_t>(masks[r] + b * MASKS + 4 * s);
+                    const Bits from = load<Bits>(kept[r]);
+                    kept[r] += 2 * __builtin_popcount(bits);
+                    Bits w;
+                    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(w) : "v"(from), "Yk"(bits));
+#pragma GCC unroll 8
+                    for (int64_t c = 0; c < C; ++c) {
+                        if constexpr (PAIRS) {
+                            Vec& sum = (s & 1 && C == 1 ? odd : even)[r][c];
+                            sum = Base::dot(w, load<Bits>(x + c * HALF), sum);
+                            continue;
+                        }
+                        even[r][c] = fma(Vec(w << 16), load<Vec>(x + c * STEP), even[r][c]);
+                        odd[r][c] = fma(Vec(w & 0xffff0000u), load<Vec>(x + c * STEP + HALF), odd[r][c]);
+                    }
+                }
+        }
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t c = 0; c < C; ++c) even[r][c] += odd[r][c];
+        micro::store_sums<R, C>(out, ldo, even);
+    }
+#else
+    template <int64_t R, int64_t C>
+    MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t*) const {
+        for (int64_t r = 0; r < R; ++r) {
+            const uint8_t *const masks = start(n + r, 0), *kept = start(n + r, 1);
+            for (int64_t c = 0; c < C; ++c) out[c * ldo + r] = 0;
+            for (int64_t k = 0; k < depth; ++k)
+                if (masks[k / 8] >> k % 8 & 1) {
+                    const float w = mask_at<bf16>(kept);
+                    kept += 2;
+                    for (int64_t c = 0; c < C; ++c) out[c * ldo + r] += w * x[k / STEP * C * STEP + c * STEP + k % STEP];
+                }
+        }
+    }
+#endif
+
+    MEMBER void unpack(float* to, int64_t n, int64_t depth) const {
+        const uint8_t *const masks = start(n, 0), *kept = start(n, 1);
+        for (int64_t k = 0; k < depth; ++k) {
+            const bool holds = masks[k / 8] >> k % 8 & 1;
+            to[k] = holds ? float(mask_at<bf16>(kept)) : 0.0f;
+            kept += 2 * holds;
+        }
+    }
+};
+
 template <typename Weights, typename Graph>
 struct Sparse : Operand<Weights, Graph> {
     typedef Operand<Weights, Graph> Base;

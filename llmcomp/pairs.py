@@ -17,7 +17,11 @@ FEWER = (3, 3, 3, 3, 5, 5, 6, 0, 9, 9, 10, 0, 12, 0, 0, 0)
 """The masks of two columns for those that hold something, of at most two; 0 where they are more."""
 
 
-class NotTwoFour(ValueError):
+class NotSparse(ValueError):
+    """A matrix that holds too much to be stored in the way that was asked for."""
+
+
+class NotTwoFour(NotSparse):
     """A matrix of which some group of four keeps more than two."""
 
 

@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llmcomp.formats import parse_format
 from llmcomp.graph import text, val
+from llmcomp.pairs import NotSparse
 from llmcomp.passes.compress import share_of_coded_zeros
 from llmcomp.passes.prune import FACTS
 from llmcomp.passes.zero_structure import PREPARED, Zero, share_of_zeros
 from llmcomp.report import Program
-from llmcomp.two_four import NotTwoFour
 
 log = logging.getLogger("llmcomp")
 
@@ -252,7 +252,7 @@ class PreparedProgram:
     def _made_of(self, inputs: Sequence[Any]) -> tuple[Tensor, ...] | None:
         try:
             return tuple(_result(piece, inputs) for piece in self.parts.pieces)
-        except NotTwoFour:
+        except NotSparse:
             return None
 
     def _in_full(self, inputs: Sequence[Any]) -> tuple[Any, ...]:

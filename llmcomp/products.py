@@ -4,20 +4,23 @@ linear(x, weight, bias, kn)
 grouped_linear(x, weight, ends, kn)
 packed_linear(x, codes, scale, zero, bias, format)
 two_four_linear(x, codes, bias)
+masked_linear(x, codes, bias, outputs)
 """
 
 import torch
 from torch.fx import Node
 
+import llmcomp.masked
 import llmcomp.ops
 import llmcomp.packed_ops
-import llmcomp.two_four  # noqa: F401  (all three register operators)
+import llmcomp.two_four  # noqa: F401  (all of them register operators)
 
 LINEAR = torch.ops.llmcomp.linear.default
 GROUPED = torch.ops.llmcomp.grouped_linear.default
 PACKED = torch.ops.llmcomp.packed_linear.default
 TWO_FOUR = torch.ops.llmcomp.two_four_linear.default
-PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR)
+MASKED = torch.ops.llmcomp.masked_linear.default
+PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR, MASKED)
 
 
 def is_product(node: Node) -> bool:
@@ -41,7 +44,7 @@ def ends_of(node: Node) -> Node | None:
 
 def bias_of(node: Node) -> Node | None:
     """The vector that is added to every row, if any."""
-    at = {LINEAR: 2, PACKED: 4, TWO_FOUR: 2}.get(node.target)  # type: ignore[call-overload]
+    at = {LINEAR: 2, PACKED: 4, TWO_FOUR: 2, MASKED: 2}.get(node.target)  # type: ignore[call-overload]
     bias = None if at is None else node.args[at]
     assert bias is None or isinstance(bias, Node)
     return bias

@@ -1,10 +1,13 @@
 """A linear layer whose weight is 2:4 sparse, as a kernel, and beside it the same with a dense weight."""
 
+from dataclasses import replace
+
 import sympy
 import torch
 from torch import Tensor
 
 from llmcomp.codegen.kernel import Accumulator, Axis, Buffer, Contract, Load, Packing, Section, Store, Weight
+from llmcomp.masked import ENTRY, Masked
 from llmcomp.pairs import BLOCK
 from llmcomp.saliency import keep_of_groups
 from llmcomp.two_four import BYTES, TwoFour, pack
@@ -46,3 +49,20 @@ def sparse_buffers(rows: int, k: int, n: int) -> tuple[list[Tensor], Tensor]:
     """The buffers of `sparse_linear`, and its exact result in float64."""
     x, weight = torch.randn(rows, k).bfloat16(), two_four_weight(n, k)
     return [x, pack(weight), torch.zeros(rows, n, dtype=BF16)], x.double() @ weight.double().t()
+
+
+def masked_linear(rows: int | sympy.Symbol, k: int, n: int) -> Contract:
+    """The same with zeros anywhere."""
+    kernel = sparse_linear(rows, k, n)
+    section = kernel.sections[0]
+    weight = Weight("weight_ptr", sympy.Integer(ENTRY), sympy.Integer(1), packing=Packing(Masked()))
+    accumulators = tuple(replace(a, weight=weight) for a in section.accumulators)
+    sections = (replace(section, accumulators=accumulators),)
+    return replace(kernel, name=f"masked_linear_{k}_{n}", sections=sections)
+
+
+def scattered_weight(n: int, k: int, zeros: float) -> Tensor:
+    """A matrix of which this part is zero, with a row of zeros and one of none."""
+    weight = (torch.randn(n, k) / k**0.5 * (torch.rand(n, k) >= zeros)).bfloat16()
+    weight[n // 2], weight[-1] = 0, 1 / k
+    return weight
