@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import llmcomp
 from llmcomp.codegen.cpp_contract import render_contract
 from llmcomp.codegen.cpp_packed import expands
 from llmcomp.masked import pack, room, unpack
@@ -14,7 +15,8 @@ from llmcomp.pairs import NotSparse
 from llmcomp.report import GraphReport
 from tests.cpp_kernels import Call, Library, sanitize, size
 from tests.numerics import assert_no_worse
-from tests.test_two_four import compiler
+from tests.quantizable import llama
+from tests.test_two_four import compiler, eager_tokens
 from tests.two_four_kernels import BF16, masked_linear, scattered_weight
 from tests.zeros import pruned
 
@@ -123,3 +125,14 @@ def test_weights_that_get_more_numbers(graphs: list[GraphReport]) -> None:
             exact: Tensor = nn.functional.linear(x.double(), made.weight.double(), made.bias.double())
             assert_no_worse(compiled(x), made(x), exact)
     assert 1 in [r.report.rewrites for g in graphs for r in g.passes if r.name == "prune"]
+
+
+@pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
+def test_decoding(graphs: list[GraphReport]) -> None:
+    """Layers that share an operand, rotated heads and gates: tiles of several matrices, each found by its table."""
+    model = llama(spread=0.2).bfloat16()
+    llmcomp.prune_(model, "60%")
+    tokens = eager_tokens(model)
+    model.forward = torch.compile(model.forward, backend="llmcomp")
+    assert torch.equal(eager_tokens(model), tokens)
+    assert 14 in [r.report.rewrites for g in graphs for r in g.passes if r.name == "prune"]
