@@ -21,17 +21,8 @@ INLINE void round_row(float* x, int64_t count) {
 
 // The largest magnitude of a row over the largest code: what a code counts. NaN where a number is NaN or infinite.
 INLINE float token_scale(const float* x, int64_t count, float largest_code) {
-    Vec most = {}, probe = {};
-    for (int64_t k = 0; k < count; k += W) {
-        const Vec v = load<Vec>(x + k);
-        const Vec a = v < 0.0f ? -v : v;
-        most = a > most ? a : most;
-        probe += v * 0.0f;
-    }
-    float largest = 0;
-    for (int64_t i = 0; i < W; ++i) largest = op::maximum(largest, most[i]);
-    const float scale = largest / largest_code;
-    return (scale == 0 ? 1.0f : scale) + micro::sum(probe);
+    const float scale = micro::magnitude(x, count) / largest_code;
+    return scale == 0 ? 1.0f : scale;
 }
 
 // x / scale, no larger than `largest_code`.

@@ -49,18 +49,10 @@ struct alignas(64) Fixed {
     template <int64_t GROUP>
     void set(const float* x, float* totals) {
         constexpr float LARGEST = ONE_SUM ? 32512.0f : 8323072.0f;  // 127 in the highest 8 bits, after any rounding
-        Vec most = {}, probe = {};
-        for (int64_t i = 0; i < BLOCK; i += W) {
-            const Vec v = load<Vec>(x + i);
-            const Vec a = v < 0.0f ? -v : v;
-            most = a > most ? a : most;
-            probe += v * 0.0f;  // NaN where a number is NaN or infinite: integers hold neither
-        }
-        float largest = 0;
-        for (int64_t i = 0; i < W; ++i) largest = op::maximum(largest, most[i]);
-        scale = largest / LARGEST + micro::sum(probe);
+        const float largest = micro::magnitude(x, BLOCK);
+        scale = largest / LARGEST;  // NaN where a number is not finite: integers hold no such
         const Vec inverse = splat(largest > 0 ? LARGEST / largest : 0.0f);
-        float sums[BLOCK / 32] = {};
+        Whole sum = {};
         for (auto& part : start)
             for (Whole& digit : part) digit = Whole{};
         for (int64_t r = 0; r < RUNS; ++r) {
@@ -73,17 +65,17 @@ struct alignas(64) Fixed {
                     integers::store_elements((integers::Element*)&digits[r][d] + i, n - (high << BITS));
                     n = high;
                 }
-                if constexpr (GROUP > 0) sums[k / 32] += micro::sum(__builtin_convertvector(whole, Vec));
+                if constexpr (GROUP > 0) {
+                    sum += whole;
+                    if ((k + W) % GROUP == 0) {
+                        totals[k / GROUP] = float(integers::sum(sum)) * scale;
+                        sum = Whole{};
+                    }
+                }
             }
             for (int64_t d = 0; d < DIGITS && SHIFT; ++d)
                 start[r / (RUNS / PARTS)][d] -= SHIFT * dot(integers::ones(), digits[r][d], Whole{});
         }
-        if constexpr (GROUP > 0)
-            for (int64_t g = 0; g < BLOCK / GROUP; ++g) {
-                float total = 0;
-                for (int64_t i = 0; i < GROUP / 32; ++i) total += sums[g * (GROUP / 32) + i];
-                totals[g] = total * scale;
-            }
     }
 };
 

@@ -131,6 +131,31 @@ INLINE float sum(Vec x) {
     return sums(v)[0];
 }
 
+// ---- the largest of many ----------------------------------------------------------------------------------------------
+
+template <int S, typename V>
+INLINE V larger(V v) {
+    const V other = rotate<S>(v, AllLanes<W>());
+    return v > other ? v : other;
+}
+
+// The largest magnitude of `count` numbers, a multiple of W; NaN where one is not finite.
+INLINE float magnitude(const float* x, int64_t count) {
+    // As integers magnitudes lie in the order of the numbers, and what is not finite lies above them.
+    Bits most = {};
+    for (int64_t i = 0; i < count; i += W) {
+        const Bits bits = load<Bits>(x + i) & 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    most = larger<1>(most);
+    most = larger<2>(most);
+    if constexpr (W > 4) most = larger<4>(most);
+    if constexpr (W > 8) most = larger<8>(most);
+    float largest;
+    __builtin_memcpy(&largest, &most, sizeof(largest));
+    return largest - largest == 0.0f ? largest : __builtin_nanf("");
+}
+
 // ---- widening -------------------------------------------------------------------------------------------------------
 
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
