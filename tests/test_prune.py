@@ -109,6 +109,20 @@ return (linear)""",
     assert "not computed slice by slice" in report.near_misses[0].reason
 
 
+def test_a_gather_that_does_not_pay() -> None:
+    layer = nn.Linear(64, 600, bias=False).double()
+    with torch.no_grad():
+        layer.weight[:, :32] = 0
+    x = torch.randn(2, 64, dtype=torch.float64)
+    printed, report, _ = pruned(lambda x: layer(nn.functional.softmax(x, -1)), (x,), gathers=False)
+    assert report.rewrites == 0 and "index_select" not in printed
+    assert "to gather the 32 that count costs more" in report.near_misses[0].reason
+    wide = nn.Linear(64, 1200, bias=False).double()
+    with torch.no_grad():
+        wide.weight[:, :32] = 0
+    assert pruned(lambda x: wide(nn.functional.softmax(x, -1)), (x,), gathers=False)[1].rewrites == 1
+
+
 def test_a_removed_channel_that_somebody_else_reads() -> None:
     model = mlp()
     drop(model, slice(0, 32))

@@ -3,10 +3,12 @@
 import copy
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import llmcomp
 from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
@@ -161,3 +163,14 @@ def test_bad_input() -> None:
     with pytest.raises(llmcomp.FormatError, match="finite"):
         llmcomp.train_quantized_(model, "int8")
     assert torch.equal(model[0].weight[1:], before[1:])
+
+
+def test_a_checkpoint_of_transformers_has_the_floats(tmp_path: Path) -> None:
+    model = llama(spread=0.1)
+    llmcomp.train_quantized_(model, "int4_g32")
+    used = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert not torch.equal(logits(loaded), used)
+    llmcomp.quantize_(loaded, "int4_g32")
+    assert torch.equal(logits(loaded), used)

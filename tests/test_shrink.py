@@ -422,3 +422,19 @@ def test_hidden_channels_of_models(kind: str) -> None:
     printed, report, _ = pruned(lambda ids: model(ids, use_cache=False).logits, (TOKENS,), rtol=1e-6)
     assert not report.near_misses and report.savings[0].rewrite == "hidden channels"
     assert "f64[1, 6, 64] = aten.add" not in printed and "64)" in printed
+
+
+def test_sizes_may_be_symbolic_and_sinks_go_with_their_heads() -> None:
+    model = attention(dead=(2, 3))
+    sinks = nn.Parameter(torch.randn(4).double())
+
+    def fn(x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, 16)).transpose(1, 2) for m in (model.q, model.k, model.v))
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = torch.cat([q @ k.transpose(2, 3) * 0.25, sinks.view(1, 4, 1, 1).expand(len(x), 4, x.shape[1], 1)], -1)
+        out = scores.softmax(-1)[..., :-1] @ v
+        return model.o(out.transpose(1, 2).flatten(2))
+
+    printed, report, _ = pruned(fn, (torch.randn(3, 5, 32, dtype=torch.float64),), dynamic=True)
+    assert report.rewrites == 1 and "f64[s0, 2, s1, 16] = llmcomp.attention" in printed
+    assert "f64[2] = aten.index_select" in printed

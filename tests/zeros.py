@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from llmcomp.capture import capture
 from llmcomp.graph import text
-from llmcomp.passes import recognizing
+from llmcomp.passes import recognizing, shrink
 from llmcomp.passes.base import Report, run_passes
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.prune import prune
@@ -40,9 +41,18 @@ def drop(mlp: Mlp, channels: slice) -> None:
 
 
 def pruned(
-    fn: Function, inputs: Sequence[Any], *, dynamic: bool = False, packs: bool = False, rtol: float | None = None
+    fn: Function,
+    inputs: Sequence[Any],
+    *,
+    dynamic: bool = False,
+    packs: bool = False,
+    rtol: float | None = None,
+    gathers: bool = True,
 ) -> tuple[str, Report, Split]:
-    """The text of the graph of `fn` after the pass, its report, the parts; all checked against the captured graph."""
+    """The text of the graph of `fn` after the pass, its report, the parts; all checked against the captured graph.
+
+    `gathers`: however little that saves.
+    """
     gm = capture(fn, *inputs, dynamic=dynamic)
     given = gm.meta["inputs"]
     names = (n.name for n in gm.graph.find_nodes(op="placeholder"))
@@ -52,7 +62,8 @@ def pruned(
         if isinstance(x, Tensor) and not any(x is i for i in inputs)
     }
     before = run(gm)
-    results = run_passes(gm, (*recognizing(), prune(weights, packs)), frozenset({SHAPES}))
+    with patch.object(shrink, "GATHER", 0 if gathers else shrink.GATHER):
+        results = run_passes(gm, (*recognizing(), prune(weights, packs)), frozenset({SHAPES}))
     printed = text(gm.graph)
     same(run(gm), before, rtol)
     parts = split(gm)
