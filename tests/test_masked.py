@@ -107,7 +107,7 @@ def test_a_layer_of_few_rows_reads_what_is_not_zero() -> None:
         (0.6, BF16, 5, True, "5 rows meet them"),
         (0.6, torch.float32, 1, True, "in bfloat16 alone"),
         (0.6, BF16, 1, False, "known to be faster"),
-        (0.4, BF16, 1, True, "below 48%"),
+        (0.4, BF16, 1, True, "to skip them costs more"),
     ],
 )
 def test_where_it_would_not_pay(zeros: float, dtype: torch.dtype, rows: int, packs: bool, reason: str) -> None:
