@@ -46,6 +46,7 @@ class Latent:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the latent values into the parameter, and those that others wrote there since."""
+        self.values = self.values.to(self.parameter)  # the model may have been moved
         if self.parameter._version != self._version:
             self.values = torch.where(self.parameter == self.rounded(), self.values, self.parameter)
         self.parameter.copy_(self.values)
@@ -55,7 +56,7 @@ class Latent:
         """Take what the parameter holds for the latent values, and let it hold what the format makes of them."""
         if (mask := held(self.parameter)) is not None:
             mask.apply()
-        self.values = self.values.to(self.parameter.device).copy_(self.parameter)
+        self.values = self.parameter.detach().clone()
         self._use()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Latent":

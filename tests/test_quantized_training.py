@@ -109,6 +109,18 @@ def test_what_others_write_is_trained_on() -> None:
     assert latent is not None and bool((latent.values[0] == 5).all()) and torch.equal(latent.values[1:], new[1:])
 
 
+def test_a_model_that_is_moved_is_trained_there() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    train(model.bfloat16().float().double().float())
+    before = model.state_dict()["0.weight"].clone()
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer.step()
+    saved = model.state_dict()["0.weight"]
+    assert saved.dtype == torch.float64 and torch.equal(saved.float(), before)
+
+
 def test_copies_are_trained_for_themselves() -> None:
     model = layer()
     llmcomp.train_quantized_(model, "int4_g32")
