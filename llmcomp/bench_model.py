@@ -109,9 +109,8 @@ def fill(
 ) -> None:
     """Matrices get random numbers of standard deviation 0.02, biases 0, other vectors (norm weights) 1."""
     parameters = dict(model.named_parameters())
-    some = next(iter(parameters.values()))
     stretch = 0.02 * torch.randn(STRETCH, generator=torch.Generator().manual_seed(0))
-    stretch = stretch.to(some.device, some.dtype)
+    stretch = stretch.to(model.device, model.dtype)
     with torch.no_grad():
         for name in list(parameters):
             p = parameters.pop(name)
