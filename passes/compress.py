@@ -19,13 +19,14 @@ from llmcomp.graph import insert, replace_by, source, val
 from llmcomp.hints import volume
 from llmcomp.masked import room
 from llmcomp.passes.base import Report
-from llmcomp.passes.zero_structure import PREPARED, SAMPLE, Values, share_of_zeros
+from llmcomp.passes.zero_structure import PREPARED, Values, share_of_zeros
 from llmcomp.products import LINEAR, MASKED, PACKED, TWO_FOUR, bias_of, operand_of
 from llmcomp.two_four import is_two_four
 
 MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.8, 1.7, 1.7 and 1.0 times dense at 1, 2, 4 and 8
 FEWEST = 0.495  # zeros, scattered; times dense, one to four rows: 1.0 to 1.3 at 50%, 1.3 to 1.8 at 70%, 0.9 at 48%
 MOST_ROWS_OF_CODES = 1  # the same for int8: 1.3, 0.9 and 0.8 at 1, 2 and 4; int4: 0.8 at 1
+FEW_ROWS = 8  # of codes, that tell whether a matrix holds many zeros
 DEQUANTIZE = torch.ops.llmcomp.dequantize.default
 PACK_CODES = torch.ops.llmcomp.pack_codes.default
 PACK_MASKED = torch.ops.llmcomp.pack_masked.default
@@ -123,7 +124,7 @@ def is_two_four_codes(form: Format, parts: Sequence[Tensor | None]) -> bool:
 
 def share_of_coded_zeros(form: Format, codes: Tensor, scale: Tensor, zero: Tensor | None) -> float:
     """The part of a matrix that is zero, by some of its rows, where it is stored as codes."""
-    step = max(1, codes.shape[0] // SAMPLE)
+    step = max(1, codes.shape[0] // FEW_ROWS)  # every compilation asks this of every matrix
     rows = Packed(codes[::step], scale[::step], None if zero is None else zero[::step])
     columns = scale.shape[1] * form.group if form.group else codes.shape[1]
     return share_of_zeros(form.dequantize(rows, columns, torch.float32))
