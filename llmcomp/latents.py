@@ -44,11 +44,19 @@ class Latent:
         self._version = self.parameter._version
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the latent values into the parameter, and those that others wrote there since."""
+    def current(self) -> Tensor:
+        """The latent values, those among them that others wrote into the parameter since."""
         self.values = self.values.to(self.parameter)  # the model may have been moved
+        values = self.values
         if self.parameter._version != self._version:
-            self.values = torch.where(self.parameter == self.rounded(), self.values, self.parameter)
+            values = torch.where(self.parameter == self.rounded(), values, self.parameter)
+        mask = held(self.parameter)
+        return values if mask is None else values.masked_fill(~mask.mask.to(values.device), 0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the latent values into the parameter."""
+        self.values = self.current()
         self.parameter.copy_(self.values)
 
     @torch.no_grad()
@@ -60,10 +68,10 @@ class Latent:
         self._use()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Latent":
-        return Latent(deepcopy(self.parameter, memo), self.format, self.transposed, self.values.clone())
+        return Latent(deepcopy(self.parameter, memo), self.format, self.transposed, self.current().clone())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Latent, (self.parameter, self.format, self.transposed, self.values)
+        return Latent, (self.parameter, self.format, self.transposed, self.current())
 
 
 def train_latent(holders: Sequence[nn.Module], format: Format, transposed: bool) -> Latent:
@@ -71,7 +79,7 @@ def train_latent(holders: Sequence[nn.Module], format: Format, transposed: bool)
     parameter = holders[0]._parameters["weight"]
     assert isinstance(parameter, nn.Parameter)
     before = latent_of(parameter)
-    made = Latent(parameter, format, transposed, None if before is None else before.values)
+    made = Latent(parameter, format, transposed, None if before is None else before.current())
     for module in holders:
         if LATENT not in module.__dict__:
             module.register_state_dict_post_hook(_save)
@@ -99,11 +107,17 @@ def _latent_in(module: nn.Module) -> Latent | None:
 
 def _save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     if (latent := _latent_in(module)) is not None and f"{prefix}weight" in state:
-        state[f"{prefix}weight"] = latent.values
+        state[f"{prefix}weight"] = latent.current()
 
 
 def _loaded(module: nn.Module, problems: Any) -> None:
-    if (latent := _latent_in(module)) is not None and latent.parameter._version != latent._version:
+    latent: Latent | None = module.__dict__.get(LATENT)
+    parameter = module._parameters.get("weight")
+    if latent is None or parameter is None:
+        return
+    if parameter is not latent.parameter:  # load_state_dict(assign=True)
+        module.__dict__[LATENT] = latent_of(parameter) or Latent(parameter, latent.format, latent.transposed)
+    elif parameter._version != latent._version:
         latent.follow()
 
 

@@ -279,7 +279,7 @@ def _apply(site: Site, form: Format | None, reason: str) -> Row:
         quantized = QuantizedTensor(read.packed, read.format, weight.shape, weight.dtype, False, read.order)
     else:
         latent = latent_of(site.weight)
-        quantized = QuantizedTensor.quantize(latent.values if latent else site.weight, form, site.transposed)
+        quantized = QuantizedTensor.quantize(latent.current() if latent else site.weight, form, site.transposed)
     parameter = nn.Parameter(quantized, requires_grad=False)
     for module in site.holders:
         module.weight = parameter

@@ -7,9 +7,9 @@
     other     model(other)          what follows the longest known prefix (the chunk program), or in full
 
 Each call returns what the full computation returns, all positions of it. Results that grow show the memory of
-the cache (llmcomp/headroom.py, llmcomp/lent.py), so that nothing is copied, for any number of rows; where a
-caller writes into one, the next call notices by torch's version counters, computes in full, and from then on
-results are copies.
+the cache (llmcomp/headroom.py), so that nothing is copied but what is contiguous in eager and has several rows: those
+move apart as they grow. Where a caller writes into one, the next call notices by torch's version counters, computes in
+full, and from then on results are copies.
 
 What is kept belongs to the weights of the call: other weights, or weights that torch operators changed since,
 do not match. Writes that torch does not count (through .data or numpy) go unseen: call llmcomp.reset then.
@@ -31,7 +31,6 @@ from torch.fx.node import Argument
 from llmcomp.errors import LlmcompError, MemoryFullError
 from llmcomp.graph import is_contiguous, val
 from llmcomp.headroom import reserved
-from llmcomp.lent import lent
 from llmcomp.passes.cached_graph import insert_cache
 from llmcomp.passes.insert_kv_cache import Plan, returned, shown
 from llmcomp.prefix import common_prefix
@@ -266,7 +265,7 @@ class _How:
 
 
 def _how(plan: Plan, result: Argument) -> _How:
-    """Keys and values are returned as they lie; other results are contiguous where eager's are, or behave so."""
+    """Keys and values are returned as they lie; other results are contiguous where eager's are."""
     slot = shown(plan, result) if isinstance(result, Node) else None
     if slot is None:
         return _How(False, False)
@@ -277,7 +276,7 @@ def _how(plan: Plan, result: Argument) -> _How:
 def _shown(result: Any, how: _How, copied: bool) -> Any:
     if how.kept and copied:
         return result.clone(memory_format=torch.contiguous_format if how.contiguous else torch.preserve_format)
-    return lent(result) if how.contiguous else result
+    return result.contiguous() if how.contiguous else result
 
 
 class _Layout:

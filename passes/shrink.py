@@ -31,7 +31,7 @@ from llmcomp.passes.narrow import (
     take,
 )
 from llmcomp.passes.relations import is_pointwise
-from llmcomp.passes.zero_structure import Values
+from llmcomp.passes.zero_structure import CASTS, Values
 from llmcomp.products import LINEAR, bias_of, operand_of
 
 aten = torch.ops.aten
@@ -189,7 +189,8 @@ def _heads(layer: Node, values: Values) -> Heads | None:
     dead = torch.zeros(int(heads), dtype=torch.bool)
     if (unread := values.unread(layer)) is not None:
         dead |= unread.cpu().view(int(heads), int(depth)).all(1)
-    dead |= _silent(attention, values).repeat_interleave(int(heads) // int(groups))
+    if _is_zero_with(operand_of(layer), attention):
+        dead |= _silent(attention, values).repeat_interleave(int(heads) // int(groups))
     return Heads(attention, layer, ~dead.view(int(groups), -1))
 
 
@@ -206,6 +207,19 @@ def _attention_of(operand: Node) -> Node | None:
         elif node.target in (*VIEWS, *TURNS) or is_pointwise(node):
             stack += node.all_input_nodes
     return found[0] if len(found) == 1 else None
+
+
+def _is_zero_with(operand: Node, attention: Node) -> bool:
+    """Whether an operand is zero wherever what attention gives is."""
+    node = operand
+    while node is not attention:
+        if node.target in (*VIEWS, *TURNS, *CASTS):
+            node = source(node)
+        elif node.target is torch.ops.aten.mul.Tensor:
+            node = next(n for n in node.all_input_nodes if _attention_of(n) is attention)
+        else:
+            return False
+    return True
 
 
 def _silent(attention: Node, values: Values) -> Tensor:

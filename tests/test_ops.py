@@ -17,9 +17,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as lla
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 import llmcomp.cache_ops
+import llmcomp.masked
 import llmcomp.packed_ops
 import llmcomp.two_four  # noqa: F401  (all register operators)
-from llmcomp.formats import Int4
+from llmcomp.formats import Int4, Int8
 from llmcomp.ops import (
     ACTIVATIONS,
     attention,
@@ -51,7 +52,14 @@ PACKED = (_packed.codes, _packed.scale, _packed.zero)
 SCALES = normal(2, 3, 4, 1).abs() + 0.1
 CODES = torch.randint(-127, 128, (2, 3, 4, 8), dtype=torch.int8)
 SPARSE = normal(5, 64, dtype=half) * torch.tensor([1.0, 0, 0, 1]).repeat(16).to(half)
+_eight = Int8().quantize(SPARSE)
+MASKED = llmcomp.masked.pack(SPARSE, llmcomp.masked.room(SPARSE))
 SAMPLES = {
+    "pack_masked": Sample(ops.pack_masked.default, (SPARSE, MASKED.numel())),
+    "masked_linear": Sample(
+        ops.masked_linear.default, (normal(2, 3, 64, dtype=half), MASKED, normal(5, dtype=half), 5)
+    ),
+    "pack_codes": Sample(ops.pack_codes.default, (_eight.codes, _eight.scale, None, "int8", 64)),
     "pack_two_four": Sample(ops.pack_two_four.default, (SPARSE,)),
     "two_four_linear": Sample(
         ops.two_four_linear.default, (normal(2, 3, 64, dtype=half), llmcomp.two_four.pack(SPARSE), None)

@@ -90,3 +90,28 @@ def test_what_is_saved_is_explained() -> None:
     with torch.no_grad():
         explained = llmcomp.explain(without_heads().requires_grad_(False), IDS)
     assert "heads of attention" in str(explained) and "saved in every call" in str(explained)
+
+
+class Mixing(torch.nn.Module):
+    """Attention whose first four heads have no values, and something between it and the layer that reads it."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__()
+        self.mix = mix
+        self.q, self.k, self.v, self.o, self.other = (torch.nn.Linear(256, 256, bias=False) for _ in range(5))
+        with torch.no_grad():
+            self.v.weight[:128] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(1, -1, 8, 32).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        mixed = {"add": lambda: y + self.other(x), "one": lambda: y + 1, "gate": lambda: y * self.other(x)}
+        return self.o(mixed[self.mix]())
+
+
+@pytest.mark.parametrize("mix", ["add", "one", "gate"])
+def test_heads_without_values_count_where_something_is_added(mix: str) -> None:
+    model = Mixing(mix).eval()
+    x = torch.randn(1, 5, 256)
+    with torch.no_grad():
+        assert_equal_float32(torch.compile(model, backend="llmcomp")(x), model(x))

@@ -186,3 +186,31 @@ def test_a_checkpoint_of_transformers_has_the_floats(tmp_path: Path) -> None:
     assert not torch.equal(logits(loaded), used)
     llmcomp.quantize_(loaded, "int4_g32")
     assert torch.equal(logits(loaded), used)
+
+
+def test_what_was_written_since_the_last_step_is_saved_and_quantized() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int8")
+    with torch.no_grad():
+        model[0].weight.copy_(written := torch.randn_like(model[0].weight))
+    assert torch.equal(model.state_dict()["0.weight"], written)
+    llmcomp.quantize_(model, "int8")
+    assert float((model[0].weight.dequantize() - written).abs().max()) < 0.05
+
+
+def test_pruned_weights_are_zero_before_any_step() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int8")
+    llmcomp.prune_(model, "2:4")
+    assert int((model.state_dict()["0.weight"] == 0).sum()) * 2 == model[0].weight.numel()
+    llmcomp.quantize_(model, "int8")
+    assert int((model[0].weight.dequantize() == 0).sum()) * 2 >= model[0].weight.numel()
+
+
+def test_loading_by_assignment_goes_on_training() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    trained = model[0].weight.detach().clone()
+    llmcomp.quantize_(model, "int4_g32")
+    assert torch.equal(model[0].weight.dequantize(), trained)

@@ -122,13 +122,14 @@ def test_batches(fast: nn.Module, kinds: list[str], monkeypatch: pytest.MonkeyPa
     check(fast, ids(11, batch=2))
 
 
-def test_results_of_several_rows_grow_in_place(fast: nn.Module, kinds: list[str]) -> None:
+def test_keys_and_values_of_several_rows_grow_in_place(fast: nn.Module, kinds: list[str]) -> None:
     tokens = loop(fast, batch=3)
     before = check(fast, torch.cat([tokens, tokens[:, :1]], 1))
     after = check(fast, torch.cat([tokens, tokens[:, :2]], 1))
-    assert before[0].data_ptr() == after[0].data_ptr() and before[1].data_ptr() == after[1].data_ptr()
-    # Where eager's result is contiguous, callers may rely on it.
-    assert torch.equal(after[0].view(-1, sm.VOCAB), after[0].reshape(-1, sm.VOCAB))
+    assert before[1].data_ptr() == after[1].data_ptr()
+    # Where eager's result is contiguous, callers may rely on it: what they write into a view of it is in it.
+    after[0].view(-1, sm.VOCAB)[:, 3] = -torch.inf
+    assert bool((after[0][..., 3] == -torch.inf).all())
 
 
 def test_results_of_several_rows_that_callers_write_into(fast: nn.Module, kinds: list[str]) -> None:
@@ -136,7 +137,7 @@ def test_results_of_several_rows_that_callers_write_into(fast: nn.Module, kinds:
     for length in range(4, 15):
         results = check(fast, tokens[:, :length])
         results[0][:, -1] = -torch.inf
-    assert any(p._copies for p in reuse._reusing) and results[0].is_contiguous() and type(results[0]) is Tensor
+    assert results[0].is_contiguous() and type(results[0]) is Tensor
 
 
 def test_results_that_callers_write_into_are_noticed(fast: nn.Module, kinds: list[str]) -> None:
