@@ -184,6 +184,16 @@ class _Made:
     version: int
 
 
+class _Store(dict[str, _Made]):
+    """What pieces made of a weight: neither saved nor copied with it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, _Made]:
+        return {}
+
+
 @dataclass
 class _State:
     """Results for the weights of one model; None where they lack the zeros."""
@@ -275,7 +285,7 @@ def _result(piece: Piece, inputs: Sequence[Any]) -> Tensor:
     if not given:
         constant: Tensor = piece.gm()
         return constant  # as it was registered
-    store: dict[str, _Made] = given[0].__dict__.setdefault(STORE, {})
+    store: dict[str, _Made] = given[0].__dict__.setdefault(STORE, _Store())
     versions = _versions(given)
     found = store.get(piece.key)
     if found is not None and found.versions == versions and found.result._version == found.version:
@@ -283,6 +293,8 @@ def _result(piece: Piece, inputs: Sequence[Any]) -> Tensor:
             return found.result
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode count no changes
         result: Tensor = piece.gm(*given)
+    for key in [key for key, made in list(store.items()) if made.versions[:1] != versions[:1]]:
+        store.pop(key, None)  # made of what the weight was
     store[piece.key] = _Made(tuple(weakref.ref(w) for w in given[1:]), versions, result, result._version)
     return result
 

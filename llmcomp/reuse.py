@@ -362,10 +362,15 @@ _reusing: "weakref.WeakSet[ReusingProgram]" = weakref.WeakSet()
 def reset(model: nn.Module | None = None) -> None:
     """Free the KV caches that compiled programs keep between calls: those of `model`, or all.
 
-    To be called after weights were written in a way that torch does not count (through `.data` or numpy).
+    To be called after weights were written in a way that torch does not count (through `.data` or numpy): those of
+    `model` count as written.
     """
     owners = None
     if model is not None:
-        owners = frozenset(id(t) for t in (*model.parameters(), *model.buffers()))
+        tensors = (*model.parameters(), *model.buffers())
+        owners = frozenset(id(t) for t in tensors)
+        for tensor in tensors:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
     for program in list(_reusing):
         program.reset(owners)

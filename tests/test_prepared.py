@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Iterator
 
@@ -192,3 +193,27 @@ def test_dense_models_are_not_looked_at_twice() -> None:
     gm.meta["kind"] = "inference"
     assert len(weights_of(gm, gm.meta["inputs"])) == 3
     assert weights_of(gm, gm.meta["inputs"][:-1]) == {} and callable(backend)
+
+
+def test_reset_tells_of_writes_that_torch_does_not_count() -> None:
+    model = pruned_mlp()
+    compiled = torch.compile(model, backend="llmcomp")
+    with torch.no_grad():
+        compiled(X)
+        model.up.weight.data.mul_(2)
+        llmcomp.reset(model)
+        assert_equal_float32(compiled(X), model(X))
+
+
+def test_what_is_prepared_is_neither_saved_nor_kept_for_old_weights() -> None:
+    model = pruned_mlp()
+    plain = len(pickle.dumps(model))
+    with torch.no_grad():
+        for _ in range(3):
+            torch._dynamo.reset()
+            torch.compile(model, backend="llmcomp")(X)
+            stores = [p.__dict__[STORE] for p in model.parameters() if STORE in p.__dict__]
+            model.up.weight.mul_(2)
+            counts = [len(store) for store in stores]
+    assert stores and max(counts) <= 2
+    assert len(pickle.dumps(model)) < plain + 2000
