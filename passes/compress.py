@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from llmcomp.formats import Format, Int4, Int8, Packed, parse_format
 from llmcomp.graph import insert, replace_by, source, val
@@ -26,6 +28,7 @@ from llmcomp.two_four import is_two_four
 MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.8, 1.7, 1.7 and 1.0 times dense at 1, 2, 4 and 8
 FEWEST = 0.495  # zeros, scattered; times dense, one to four rows: 1.0 to 1.3 at 50%, 1.3 to 1.8 at 70%, 0.9 at 48%
 MOST_ROWS_OF_CODES = 1  # the same for int8: 1.3, 0.9 and 0.8 at 1, 2 and 4; int4: 0.8 at 1
+NOTABLE = 0.25  # zeros: below, nothing is said of them
 FEW_ROWS = 8  # of codes, that tell whether a matrix holds many zeros
 DEQUANTIZE = torch.ops.llmcomp.dequantize.default
 PACK_CODES = torch.ops.llmcomp.pack_codes.default
@@ -38,27 +41,44 @@ def compress(graph: Graph, values: Values, packs: bool, report: Report) -> None:
 
     `packs`: kernels read 2:4 sparse weights faster than dense ones.
     """
-    _pack_two_four(graph, values, packs, report)
-    _pack_masked(graph, values, packs, report)
-    _pack_codes(graph, values, packs, report)
-    _report_rest(graph, values, packs, report)
-
-
-def _pack_two_four(graph: Graph, values: Values, packs: bool, report: Report) -> None:
     for node in list(graph.find_nodes(op="call_function", target=LINEAR)):
-        weight, value = node.args[1], values.of(node.args[1])
-        if value is None or not isinstance(weight, Node) or share_of_zeros(value) < 0.4:
-            continue
-        if node.args[3] or not is_two_four(value):
-            continue
-        if (reason := _stays_dense(node, packs)) is not None:
-            report.miss(node, f"its weights are 2:4 sparse, and read whole: {reason}")
-            continue
-        with graph.inserting_before(node):
-            codes = insert(graph, PACK, weight)
-        codes.meta[PREPARED] = True
-        replace_by(node, TWO_FOUR, operand_of(node), codes, bias_of(node))
+        weight = node.args[1]
+        assert isinstance(weight, Node)
+        if weight.target is DEQUANTIZE:
+            _decide_codes(node, weight, values, packs, report)
+        elif (value := values.of(weight)) is not None and value.dim() == 2:
+            _decide(node, weight, value, packs, report)
+
+
+def _prepared(node: Node, packing: OpOverload, *args: Argument) -> Node:
+    """What a layer reads instead of its weight: computed once."""
+    with node.graph.inserting_before(node):
+        packed = insert(node.graph, packing, *args)
+    packed.meta[PREPARED] = True
+    return packed
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def _decide(node: Node, weight: Node, value: Tensor, packs: bool, report: Report) -> None:
+    """Store the weight of a layer, which has this value, without its zeros; or say why it is read whole."""
+    if (share := share_of_zeros(value)) < NOTABLE:
+        return
+    transposed, reason = bool(node.args[3]), _stays_dense(node, packs)
+    many = share >= FEWEST
+    two_four = many and is_two_four(value)
+    if many and not transposed and reason is None:
+        if two_four:
+            replace_by(node, TWO_FOUR, operand_of(node), _prepared(node, PACK, weight), bias_of(node))
+        else:
+            codes = _prepared(node, PACK_MASKED, weight, room(value))
+            replace_by(node, MASKED, operand_of(node), codes, bias_of(node), value.shape[0])
         report.rewrites += 1
+    elif not two_four:
+        report.miss(node, _why_whole(value, share, transposed, reason))
+    elif not transposed:
+        report.miss(node, f"its weights are 2:4 sparse, and read whole: {reason}")
 
 
 def _stays_dense(node: Node, packs: bool) -> str | None:
@@ -73,41 +93,32 @@ def _stays_dense(node: Node, packs: bool) -> str | None:
     return None
 
 
-def _pack_masked(graph: Graph, values: Values, packs: bool, report: Report) -> None:
-    for node in list(graph.find_nodes(op="call_function", target=LINEAR)):
-        weight, value = node.args[1], values.of(node.args[1])
-        if value is None or not isinstance(weight, Node) or value.dim() != 2 or share_of_zeros(value) < FEWEST:
-            continue
-        if node.args[3] or is_two_four(value) or _stays_dense(node, packs) is not None:
-            continue
-        with graph.inserting_before(node):
-            codes = insert(graph, PACK_MASKED, weight, room(value))
-        codes.meta[PREPARED] = True
-        replace_by(node, MASKED, operand_of(node), codes, bias_of(node), value.shape[0])
-        report.rewrites += 1
+def _why_whole(value: Tensor, share: float, transposed: bool, reason: str | None) -> str:
+    """What is said of zeros that are read: `share` of the weights, of a layer that stays dense for a `reason`."""
+    rows = (value == 0).all(0 if transposed else 1)
+    if float(rows.float().mean()) > share / 2:
+        return f"{int(rows.sum())} of its {len(rows)} outputs are zero: they are read as a whole"
+    if reason is None and transposed:
+        reason = "stored the other way around"
+    elif reason is None:
+        reason = f"below {FEWEST:.0%} to skip them costs more than it saves"
+    return f"{share:.0%} of its weights are zeros, scattered, and read whole: {reason}"
 
 
 # ---- codes ----------------------------------------------------------------------------------------------------------
 
 
-def _pack_codes(graph: Graph, values: Values, packs: bool, report: Report) -> None:
-    for node in list(graph.find_nodes(op="call_function", target=LINEAR)):
-        weight = node.args[1]
-        if not isinstance(weight, Node) or weight.target is not DEQUANTIZE or node.args[3]:
-            continue
-        parts = [values.of(part) for part in weight.args[:3]]
-        form = parse_format(str(weight.args[3]))
-        if not is_two_four_codes(form, parts):
-            continue
-        if (reason := _codes_stay_dense(node, form, packs)) is not None:
-            report.miss(node, f"its codes are 2:4 sparse, and read whole: {reason}")
-            continue
-        with graph.inserting_before(node):
-            codes = insert(graph, PACK_CODES, *weight.args[:5])
-        codes.meta[PREPARED] = True
-        name = str(replace(form, two_four=True))
-        replace_by(node, PACKED, operand_of(node), codes, *weight.args[1:3], bias_of(node), name)
-        report.rewrites += 1
+def _decide_codes(node: Node, weight: Node, values: Values, packs: bool, report: Report) -> None:
+    """Store the codes of a layer without those of zeros; or say why all are read."""
+    form = parse_format(str(weight.args[3]))
+    if node.args[3] or not is_two_four_codes(form, [values.of(part) for part in weight.args[:3]]):
+        return
+    if (reason := _codes_stay_dense(node, form, packs)) is not None:
+        report.miss(node, f"its codes are 2:4 sparse, and read whole: {reason}")
+        return
+    codes, name = _prepared(node, PACK_CODES, *weight.args[:5]), str(replace(form, two_four=True))
+    replace_by(node, PACKED, operand_of(node), codes, *weight.args[1:3], bias_of(node), name)
+    report.rewrites += 1
 
 
 def is_two_four_codes(form: Format, parts: Sequence[Tensor | None]) -> bool:
@@ -139,22 +150,3 @@ def _codes_stay_dense(node: Node, form: Format, packs: bool) -> str | None:
     if (rows := volume(val(operand_of(node)).shape[:-1])) > MOST_ROWS_OF_CODES:
         return f"{rows} rows meet them, and above {MOST_ROWS_OF_CODES} that is faster"
     return None
-
-
-# ---- what is only reported ------------------------------------------------------------------------------------------
-
-
-def _report_rest(graph: Graph, values: Values, packs: bool, report: Report) -> None:
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
-        value = values.of(node.args[1])
-        if value is None or value.dim() != 2 or (share := share_of_zeros(value)) < 0.25 or is_two_four(value):
-            continue
-        rows = (value == 0).all(0 if node.args[3] else 1)
-        if float(rows.float().mean()) > share / 2:
-            report.miss(node, f"{int(rows.sum())} of its {len(rows)} outputs are zero: they are read as a whole")
-            continue
-        reason = _stays_dense(node, packs)
-        if reason is None:
-            transposed = "stored the other way around" if node.args[3] else None
-            reason = transposed or f"below {FEWEST:.0%} to skip them costs more than it saves"
-        report.miss(node, f"{share:.0%} of its weights are zeros, scattered, and read whole: {reason}")
