@@ -7,9 +7,9 @@
     other     model(other)          what follows the longest known prefix (the chunk program), or in full
 
 Each call returns what the full computation returns, all positions of it. Results that grow show the memory of
-the cache (llmcomp/headroom.py), so that nothing is copied but what is contiguous in eager and has several rows: those
-move apart as they grow. Where a caller writes into one, the next call notices by torch's version counters, computes in
-full, and from then on results are copies.
+the cache (llmcomp/headroom.py), so that nothing is copied but the logits of several rows: they are contiguous in eager,
+and rows that grow move apart. Where a caller writes into a result, the next call notices by torch's version counters,
+computes in full, and from then on results are copies.
 
 What is kept belongs to the weights of the call: other weights, or weights that torch operators changed since,
 do not match. Writes that torch does not count (through .data or numpy) go unseen: call llmcomp.reset then.
@@ -26,13 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import Argument
 
 from llmcomp.errors import LlmcompError, MemoryFullError
-from llmcomp.graph import is_contiguous, val
 from llmcomp.headroom import reserved
 from llmcomp.passes.cached_graph import insert_cache
-from llmcomp.passes.insert_kv_cache import Plan, returned, shown
+from llmcomp.passes.insert_kv_cache import Plan, lent, returned
 from llmcomp.prefix import common_prefix
 from llmcomp.report import Program
 from llmcomp.verify import verify_results
@@ -112,7 +110,7 @@ class ReusingProgram:
         self._wanted: Counter[str] = Counter()
         self._unverified = set(SHAPES) if verifies else set()
         self._copies = False  # whether results are copies, since callers write into them
-        self._results = [_how(plan, n) for n in returned(plan.gm.graph)]
+        self._results = [isinstance(n, Node) and lent(plan, n) is not None for n in returned(plan.gm.graph)]
         self._layout = _Layout(plan)
         _reusing.add(self)
 
@@ -220,8 +218,9 @@ class ReusingProgram:
             if kind in self._unverified:
                 verify_results(self._plan.gm, inputs, found, f"the {kind} program of insert_kv_cache")
                 self._unverified.remove(kind)
-            results = [_shown(t, how, self._copies) for t, how in zip(found, self._results, strict=True)]
-        return tuple(results), slots
+            if self._copies:
+                found = tuple(t.clone() if shows else t for t, shows in zip(found, self._results, strict=True))
+        return found, slots
 
     # ---- what is kept
 
@@ -254,29 +253,6 @@ class ReusingProgram:
     def _forget(self, entry: Entry) -> None:
         with self._lock:
             self._entries = [e for e in self._entries if e is not entry]
-
-
-@dataclass(frozen=True)
-class _How:
-    """What a result has to do with what is kept."""
-
-    kept: bool  # it shows the memory of a slot
-    contiguous: bool  # callers may rely on its layout
-
-
-def _how(plan: Plan, result: Argument) -> _How:
-    """Keys and values are returned as they lie; other results are contiguous where eager's are."""
-    slot = shown(plan, result) if isinstance(result, Node) else None
-    if slot is None:
-        return _How(False, False)
-    assert isinstance(result, Node)
-    return _How(True, not slot.attended and is_contiguous(val(result)))
-
-
-def _shown(result: Any, how: _How, copied: bool) -> Any:
-    if how.kept and copied:
-        return result.clone(memory_format=torch.contiguous_format if how.contiguous else torch.preserve_format)
-    return result.contiguous() if how.contiguous else result
 
 
 class _Layout:

@@ -18,7 +18,7 @@ from llmcomp.graph import argument, insert, is_tensor, source, val
 from llmcomp.ops import outermost
 from llmcomp.passes.cached_sizes import NEW, PAST, CachedSizes
 from llmcomp.passes.demand import WHOLE, Version, attention_version, content, cuts_after, from_end, operand_version
-from llmcomp.passes.insert_kv_cache import Plan, Slot, returned
+from llmcomp.passes.insert_kv_cache import Plan, Slot, is_copied, returned
 from llmcomp.passes.relation_rules import CREATIONS, CREATIONS_LIKE, RESHAPES
 from llmcomp.passes.relations import Kind, expression
 
@@ -74,7 +74,7 @@ class _Builder:
                 self._make(node, WHOLE if self.begins else version)
             if (slot := self.plan.slot(node)) is not None:
                 self._write(slot, grown[node])
-        outputs = [self._result(n) for n in returned(self.plan.gm.graph)]
+        outputs = [self._result(n, grown) for n in returned(self.plan.gm.graph)]
         self.graph.output(tuple(outputs) + tuple(grown.values()))
         gm = GraphModule(self.plan.gm, self.graph)
         gm.meta["kind"] = CACHED
@@ -126,13 +126,17 @@ class _Builder:
         insert(self.graph, ops.cache_write_.default, cache, new, position, slot.axis)
         self.made[node, WHOLE] = cache
 
-    def _result(self, result: Argument) -> Argument:
+    def _result(self, result: Argument, grown: dict[Node, Node]) -> Argument:
         if not isinstance(result, Node):
             return result
         if not is_tensor(result):
             size: Argument = self._operand(result, WHOLE)
             return size
-        return self.made[content(result, self.relations), WHOLE]
+        node = content(result, self.relations)
+        slot = self.plan.slot(node)
+        if slot is not None and is_copied(slot, result):
+            return insert(self.graph, aten.clone.default, grown[node], memory_format=torch.contiguous_format)
+        return self.made[node, WHOLE]
 
     def _make(self, node: Node, version: Version) -> None:
         if (node, version) in self.made:

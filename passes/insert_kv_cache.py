@@ -25,7 +25,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
-from llmcomp.graph import insert, is_tensor, replace, source, val
+from llmcomp.graph import insert, is_contiguous, is_tensor, replace, source, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.demand import Demands, content, find_demands
 from llmcomp.passes.facts import SHAPES
@@ -176,7 +176,16 @@ def results(graph: Graph) -> list[Node]:
     return [n for n in returned(graph) if isinstance(n, Node)]
 
 
-def shown(plan: Plan, result: Node) -> Slot | None:
+def lent(plan: Plan, result: Node) -> Slot | None:
     """The slot whose memory a result of the cached graph shows, or None where it has its own."""
     node = content(result, plan.relations)
-    return plan.slot(source(node) if node.target is cache_tensor else node)
+    slot = plan.slot(source(node) if node.target is cache_tensor else node)
+    return None if slot is None or is_copied(slot, result) else slot
+
+
+def is_copied(slot: Slot, result: Node) -> bool:
+    """Slots lie position by position. Keys and values are returned so; other results are copied where eager's
+    are contiguous and a slot is not, so that view() goes on working.
+    """
+    before = val(result).shape[: slot.axis]
+    return not slot.attended and is_contiguous(val(result)) and any(n != 1 for n in before)
