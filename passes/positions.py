@@ -265,19 +265,23 @@ def _agrees(rule: Affine, value: Affine, at: Affine, position: int) -> bool:
 
 
 def _picked(node: Node, index: Index) -> Affine | None:
-    """A vector, behind axes of one element, read at positions that are affine themselves."""
+    """Numbers read at positions that are affine themselves, or unknown, such as that of a row of the batch."""
     source, picks = node.args[:2]
     assert isinstance(source, Node) and isinstance(picks, list | tuple)
     if len(picks) != val(source).dim() or not all(isinstance(p, Node) for p in picks):
         return None
-    places = [integer(p, broadcast(index, val(p))) for p in picks if isinstance(p, Node)]
-    return None if None in places else integer(source, tuple(places))
+    return integer(source, tuple(integer(p, broadcast(index, val(p))) for p in picks if isinstance(p, Node)))
 
 
 def _counted(node: Node, index: Index) -> Affine | None:
-    """Running sums of what is never true."""
-    source = node.args[0]
-    never = isinstance(source, Node) and val(source).dtype == torch.bool and truth(source, index) == (NEVER,)
+    """Running sums of what is never true, wherever along their axis."""
+    source, dim = node.args[0], int(argument(node, "dim")) % len(index)  # type: ignore[arg-type]
+    others = [at for axis, at in enumerate(index) if axis != dim and at is not None]
+    anywhere = QUERY if any(at.key for at in others) else KEY
+    if any(at.key for at in others) and any(at.query for at in others):
+        return None
+    whole = (*index[:dim], anywhere, *index[dim + 1 :])
+    never = isinstance(source, Node) and val(source).dtype == torch.bool and truth(source, whole) == (NEVER,)
     return ZERO if never else None
 
 

@@ -154,6 +154,15 @@ def test_architectures_of_transformers(name: str) -> None:
         check(gm, (4, 6, 1))
 
 
+def test_several_rows_of_which_none_is_packed() -> None:
+    """A mask that says which tokens belong together, which transformers reads off positions that only count up."""
+    model = models.causal_lm("llama").build(torch.float32)
+    with torch.no_grad():
+        gm, report = analysed(lambda i: model(input_ids=i, use_cache=False).logits, ids(3, 11) + 3)
+        assert report.rewrites == 1
+        check(gm, (5, 5, 1))
+
+
 @pytest.mark.slow
 def test_padding_is_read_by_position() -> None:
     model = models.causal_lm("llama").build(torch.float32)

@@ -58,6 +58,21 @@ def test_integers_are_affine_in_the_positions():
             (QUERY,),
             Affine(0, 0, 3),
         ),
+        "sums of what is not true at this place alone": (
+            lambda x: ((torch.arange(QUERIES)[:, None] == torch.arange(KEYS) + 1).cumsum(1) + 3).T,
+            (QUERY, QUERY),
+            None,
+        ),
+        "picked in any row": (
+            lambda x: torch.arange(KEYS).expand(2, -1)[torch.arange(2)[:, None], torch.arange(KEYS)[None]] + 1,
+            (None, KEY),
+            Affine(0, 1, 1),
+        ),
+        "picked in one row of several": (
+            lambda x: (torch.arange(2)[:, None] + torch.arange(KEYS))[torch.arange(2)[:, None], torch.arange(KEYS)] + 1,
+            (None, KEY),
+            None,
+        ),
         "sums of data": (lambda x: (x == 1).cumsum(0) + 3, (QUERY,), None),
         "data": (lambda x: torch.arange(QUERIES) + x, (QUERY,), None),
         "product": (lambda x: torch.arange(QUERIES) * torch.arange(QUERIES), (QUERY,), None),
