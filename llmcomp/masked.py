@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from llmcomp.formats import Format
+from llmcomp.ops import wide_linear
 from llmcomp.pairs import BLOCK, NotSparse
 
 ENTRY = 16  # bytes of the table for a row
@@ -93,10 +94,7 @@ def masked_linear(x: Tensor, codes: Tensor, bias: Tensor | None, outputs: int) -
 
     Computed in float32 (float64 where x is) and rounded once.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = unpack(codes, outputs, x.shape[-1]).to(wide)
-    product = torch.nn.functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    return product.to(x.dtype).contiguous()
+    return wide_linear(x, unpack(codes, outputs, x.shape[-1]), bias)
 
 
 @masked_linear.register_fake

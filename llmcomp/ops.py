@@ -42,6 +42,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) times weight (N, K) of any float dtype, plus bias (N,): (..., N), contiguous, dtype of x.
+
+    Computed in float32 (float64 where x is) and rounded once.
+    """
+    inside = wide(x.dtype)
+    product = F.linear(x.to(inside), weight.to(inside), None if bias is None else bias.to(inside))
+    return product.to(x.dtype).contiguous()
+
+
 @custom_op("llmcomp::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kn: bool) -> Tensor:
     """x (..., K) times weight (N, K), or (K, N) where `kn`, plus bias (N,): (..., N), contiguous, dtype of x.

@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from llmcomp.dynamic import multiply
 from llmcomp.formats import Packed, parse_format
+from llmcomp.ops import wide_linear
 from llmcomp.pairs import BLOCK
 
 
@@ -63,10 +64,7 @@ def packed_linear(
     if form.dynamic:
         product = multiply(x, packed, form)
         return (product if bias is None else product + bias.float()).to(x.dtype)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = form.dequantize(packed, x.shape[-1], wide)
-    product = torch.nn.functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    return product.to(x.dtype).contiguous()
+    return wide_linear(x, form.dequantize(packed, x.shape[-1], torch.float32), bias)
 
 
 @packed_linear.register_fake

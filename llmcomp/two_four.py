@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from llmcomp.formats import Format
+from llmcomp.ops import wide_linear
 from llmcomp.pairs import BLOCK, NotTwoFour, compress, expand, masks_of
 
 __all__ = ["NotTwoFour", "TwoFour", "is_two_four", "pack", "unpack"]
@@ -68,10 +69,7 @@ def two_four_linear(x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
 
     Computed in float32 (float64 where x is) and rounded once.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = unpack(codes, x.shape[-1]).to(wide)
-    product = torch.nn.functional.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    return product.to(x.dtype).contiguous()
+    return wide_linear(x, unpack(codes, x.shape[-1]), bias)
 
 
 @two_four_linear.register_fake
