@@ -413,16 +413,18 @@ def parse_format(name: str) -> Format:
     return kind(group, dynamic=dynamic, two_four=two_four)
 
 
-def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
-    """Bits that a weight of a matrix (N, K) takes in memory, scales and zero points among them."""
+def packed_bytes(format: Format, shape: Sequence[int]) -> int:
+    """Bytes that a matrix (N, K) takes where it is stored, scales and zero points among them."""
     rows, columns = shape
-    padded = columns if format.bits == 8 else math.ceil(columns / 128) * 128
+    padded = math.ceil(columns / 128) * 128 if format.bits == 4 or format.two_four else columns
+    stored = padded * (format.bits // 2 + 1 if format.two_four else format.bits)
     scales = 1 if not format.group else columns // format.group
-    stored: float = padded * format.bits
-    if format.two_four:
-        padded = math.ceil(columns / 128) * 128
-        stored = padded * (format.bits / 2 + 1)
     per_scale = 32 if not format.group else 8 if isinstance(format, Mxfp4) else 16
     if isinstance(format, Int4) and not format.symmetric:
         per_scale += 8
-    return (stored + scales * per_scale) / columns
+    return rows * (stored + scales * per_scale) // 8
+
+
+def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
+    """Bits that a weight of a matrix (N, K) takes in memory, scales and zero points among them."""
+    return 8 * packed_bytes(format, shape) / math.prod(shape)

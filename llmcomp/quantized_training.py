@@ -8,9 +8,9 @@ llmcomp.quantize_(model, "int4_g32")            # exactly the values that it was
 from torch import nn
 
 from llmcomp.errors import OptionError
+from llmcomp.formats import packed_bytes
 from llmcomp.latents import train_latent
 from llmcomp.quantization import Quantization, Row, Spec, check_site, planned
-from llmcomp.quantized import QuantizedTensor
 
 
 def train_quantized_(model: nn.Module, spec: Spec) -> Quantization:
@@ -34,7 +34,7 @@ def train_quantized_(model: nn.Module, spec: Spec) -> Quantization:
     for site, form, reason in plans:
         before = after = site.weight.nbytes
         if form is not None:
-            latent = train_latent(site.holders, form, site.transposed)
-            after = QuantizedTensor.quantize(latent.values, form, site.transposed).nbytes
+            train_latent(site.holders, form, site.transposed)
+            after = packed_bytes(form, site.matrix.shape)
         rows.append(Row(site.name, tuple(site.weight.shape), form, reason, before, after))
     return Quantization(tuple(rows))

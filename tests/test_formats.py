@@ -1,5 +1,7 @@
 """Storage formats: the arithmetic each docstring states, names, what is refused, and the layout of 4-bit codes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from llmcomp.formats import (
     Packed,
     bits_per_weight,
     names,
+    packed_bytes,
     parse_format,
     scale_of,
 )
@@ -141,12 +144,16 @@ def test_fp8_keeps_its_largest_number() -> None:
     assert packed.codes.float().tolist() == [[448.0, -224.0, 1.0]]
 
 
-@EVERY
-def test_bits_are_counted(name: str) -> None:
-    form = parse_format(name)
-    packed = form.quantize(weights())
-    size = sum(t.nbytes for t in (packed.codes, packed.scale, packed.zero) if t is not None)
-    assert bits_per_weight(form, (12, 256)) == pytest.approx(8 * size / (12 * 256))
+@pytest.mark.parametrize("rows,columns", [(12, 256), (3, 128), (1, 384), (5, 1408), (3, 100)])
+def test_bytes_are_counted(rows: int, columns: int) -> None:
+    plain = [parse_format(name) for name in names()]
+    sparse = [replace(f, two_four=True) for f in plain if isinstance(f, Int8 | Int4) and not f.dynamic]
+    weight = torch.randn(rows, columns) * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(columns // 4)
+    for form in (f for f in (*plain, *sparse) if not f.group or columns % f.group == 0):
+        packed = form.quantize(weight)
+        size = sum(t.nbytes for t in (packed.codes, packed.scale, packed.zero) if t is not None)
+        assert packed_bytes(form, weight.shape) == size, form
+        assert bits_per_weight(form, weight.shape) == 8 * size / weight.numel()
 
 
 @pytest.mark.parametrize("name", ["int3", "int4_g7", "int8_symmetric", "fp8_g32", "", "INT4"])

@@ -41,13 +41,13 @@ def layer() -> nn.Sequential:
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_quantizing_gives_what_was_trained_with(form: Format) -> None:
     model = layer()
-    llmcomp.train_quantized_(model, {"0": form})
+    told = llmcomp.train_quantized_(model, {"0": form})
     train(model)
     used = model[0].weight.detach().clone()
     again = layer()
     again.load_state_dict(model.state_dict())  # from a checkpoint, too
     for one in (model, again):
-        llmcomp.quantize_(one, {"0": form})
+        assert llmcomp.quantize_(one, {"0": form}).rows == told.rows
         assert torch.equal(one[0].weight.dequantize(), used)
 
 
