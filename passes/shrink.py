@@ -215,7 +215,7 @@ def _is_zero_with(operand: Node, attention: Node) -> bool:
     while node is not attention:
         if node.target in (*VIEWS, *TURNS, *CASTS):
             node = source(node)
-        elif node.target is torch.ops.aten.mul.Tensor:
+        elif node.target is aten.mul.Tensor:
             node = next(n for n in node.all_input_nodes if _attention_of(n) is attention)
         else:
             return False
