@@ -26,7 +26,8 @@ from llmcomp.passes import pipeline, recognizing
 from llmcomp.passes.base import Pass, PassResult, run_passes
 from llmcomp.passes.cached_graph import CACHED
 from llmcomp.passes.facts import SHAPES
-from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN
+from llmcomp.passes.insert_kv_cache import NAME as INSERT_KV_CACHE
+from llmcomp.passes.insert_kv_cache import PLAN
 from llmcomp.passes.prune import prune
 from llmcomp.prepared import PreparedProgram, snapshot, split, weights_of
 from llmcomp.program import Executable, compile_program, usable
@@ -176,7 +177,7 @@ def wanted(gm: GraphModule, passes: tuple[Pass, ...], options: Options) -> tuple
     """The passes for one graph: a KV cache is inserted into whole inference graphs, and the passes before it are
     done where it has been.
     """
-    at = passes.index(INSERT_KV_CACHE)
+    at = [p.name for p in passes].index(INSERT_KV_CACHE)
     if gm.meta.get("kind") == CACHED:
         return passes[at + 1 :]
     inserts = options.kv_cache == "auto" and gm.meta.get("kind") == "inference"

@@ -8,7 +8,7 @@ from llmcomp.passes.base import Pass
 from llmcomp.passes.canonicalize import CANONICALIZE
 from llmcomp.passes.fuse_linear import fuse_epilogue, fuse_prologue, fuse_siblings
 from llmcomp.passes.groups import Fits, Library
-from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE
+from llmcomp.passes.insert_kv_cache import insert_kv_cache
 from llmcomp.passes.partition import partition
 from llmcomp.passes.quantize import QUANTIZE
 from llmcomp.passes.quantize_cache import quantize_cache
@@ -37,7 +37,7 @@ def pipeline(target: Target, fits: Fits, kv_dtype: torch.dtype | None = None) ->
         *recognizing(),
         QUANTIZE,  # linear layers read quantized weights as they are stored
         *([quantize_cache(kv_dtype)] if kv_dtype else []),  # keys and values that are returned -> codes and scales
-        INSERT_KV_CACHE,  # a proof that only new positions need computing, for llmcomp/reuse.py
+        insert_kv_cache(kv_dtype),  # a proof that only new positions need computing, for llmcomp/reuse.py
         RECOGNIZE_APPEND,  # cat of a past with new keys or values -> cache_grow and cache_write_
         recognize_bmm(library),  # products of batches of matrices -> grouped_linear
         CANONICALIZE,  # copies that only the old forms needed

@@ -29,11 +29,13 @@ from llmcomp.graph import insert, is_contiguous, is_tensor, replace, source, val
 from llmcomp.passes.base import Pass, Report
 from llmcomp.passes.demand import Demands, content, find_demands
 from llmcomp.passes.facts import SHAPES
+from llmcomp.passes.quantize_cache import FLOATS, attended, quantize_operand
 from llmcomp.passes.relation_experts import ordered
 from llmcomp.passes.relation_rules import POINTWISE, RULES
 from llmcomp.passes.relations import Mixing, Relation, Rules, expression, relate
 from llmcomp.quantized_cache import cache_tensor
 
+NAME = "insert_kv_cache"
 PLAN = "kv_cache"
 """The key of a graph module's meta under which the pass leaves its proof."""
 
@@ -55,7 +57,7 @@ class Slot:
     node: Node
     axis: int
     extra: int
-    attended: bool  # attention reads it as keys or values
+    attended: bool  # attention reads it as keys or values, or as codes or scales of them
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,38 @@ class Plan:
         return next((s for s in self.slots if s.node is node), None)
 
 
-def _run(graph: Graph, report: Report) -> None:
-    gm = graph.owning_module
-    if gm is None or not _attends(graph):
-        return
-    failure: Mixing | None = None
-    for length in _lengths(graph):
-        try:
-            gm.meta[PLAN] = prove(gm, length)
-            report.rewrites += 1
+def insert_kv_cache(dtype: torch.dtype | None = None) -> Pass:
+    """The proof that only new positions need computing. Keys and values are kept as codes of `dtype`, where given."""
+
+    def run(graph: Graph, report: Report) -> None:
+        gm = graph.owning_module
+        if gm is None or not _attends(graph):
             return
-        except Mixing as mixing:
-            failure = failure or mixing
-    if failure is not None:
-        report.miss(failure.node, failure.reason)
+        failure: Mixing | None = None
+        for length in _lengths(graph):
+            try:
+                gm.meta[PLAN] = _with_codes(prove(gm, length), gm, dtype)
+                report.rewrites += 1
+                return
+            except Mixing as mixing:
+                failure = failure or mixing
+        if failure is not None:
+            report.miss(failure.node, failure.reason)
+
+    return Pass(NAME, run, needs=frozenset({SHAPES}))
 
 
-INSERT_KV_CACHE = Pass("insert_kv_cache", _run, needs=frozenset({SHAPES}))
+def _with_codes(plan: Plan, gm: GraphModule, dtype: torch.dtype | None) -> Plan:
+    """The proof of `gm` where what the graph does not return of keys and values, but a program keeps, is quantized too.
+
+    The graph itself then reads them so: results do not depend on how a text was cut into calls.
+    """
+    kept = {s.node.name for s in plan.slots if s.attended}
+    operands = [] if dtype is None else [n for n in attended(gm.graph) if n.name in kept and val(n).dtype in FLOATS]
+    for operand in operands:
+        assert dtype is not None
+        quantize_operand(operand, dtype)
+    return prove(gm, plan.length) if operands else plan
 
 
 def _attends(graph: Graph) -> bool:
@@ -158,9 +175,9 @@ def _proved(gm: GraphModule, length: sympy.Symbol) -> Plan:
 
 def _slot(node: Node, relation: Relation, graph: Graph) -> Slot:
     (along,) = relation.along
-    attentions = graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default)
-    attended = any(node in a.args[1:3] for a in attentions)
-    return Slot(node, along.axis, along.extra, attended)
+    operands = attended(graph)
+    codes = (n for n in operands if n.target is torch.ops.llmcomp.cache_dequantize.default)
+    return Slot(node, along.axis, along.extra, node in operands or any(node in n.args[:2] for n in codes))
 
 
 def returned(graph: Graph) -> list[Argument] | tuple[Argument, ...]:

@@ -10,6 +10,7 @@
 The first call of a generation makes such a graph: of a cache that grows, or of one of fixed size. The next one is given
 the cache that it returned, a QuantizedCacheTensor, whose own rules write codes and scales; there the pass finds nothing
 to do. Attention over a prompt reads quantized keys too, so that results do not depend on how a text was cut into calls.
+What is not returned stays as it is, unless a program keeps it itself: passes/insert_kv_cache.py asks for it then.
 The kernel of attention reads codes and scales where they lie: cache_dequantize is a notation, no kernel.
 """
 
@@ -28,6 +29,7 @@ aten = torch.ops.aten
 ops = torch.ops.llmcomp
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 UNSUPPORTED, WRITTEN = "are not quantized", "has the graph write into them"
+NOT_RETURNED = "the graph does not return them: no cache, unless the program keeps them itself (insert_kv_cache)"
 
 
 def stays_plain(reason: str) -> bool:
@@ -40,18 +42,18 @@ def quantize_cache(dtype: torch.dtype) -> Pass:
 
     def run(graph: Graph, report: Report) -> None:
         writes = g.mutated(graph)
-        for operand in _operands(graph):
+        for operand in attended(graph):
             reason, memory = _obstacle(operand, writes), base(operand)
             if reason is not None:
                 report.miss(operand, reason)
             elif memory.target is not ops.cache_dequantize.default:
-                _rewrite_buffer(memory, dtype) if memory in writes else _rewrite(operand, dtype)
+                _rewrite_buffer(memory, dtype) if memory in writes else quantize_operand(operand, dtype)
                 report.rewrites += 1
 
     return Pass("quantize_cache", run, needs=frozenset({SHAPES}))
 
 
-def _operands(graph: Graph) -> list[Node]:
+def attended(graph: Graph) -> list[Node]:
     """What attention reads as keys and as values."""
     attentions = graph.find_nodes(op="call_function", target=ops.attention.default)
     return list(dict.fromkeys(source(n, position) for n in attentions for position in (1, 2)))
@@ -71,7 +73,7 @@ def _obstacle(operand: Node, writes: frozenset[Node]) -> str | None:
     if memory.op == "placeholder":
         return f"their caller holds them in {val(operand).dtype}: no cache"
     if not _results(operand):
-        return "the graph does not return them: there is no cache to quantize"
+        return NOT_RETURNED
     if any(_cut(r, operand) is None for r in _results(operand)):
         return "what the graph returns of them is no part along the sequence"
     return None
@@ -100,7 +102,8 @@ def _cut(result: Node, operand: Node) -> list[Node] | None:
     return cuts
 
 
-def _rewrite(operand: Node, dtype: torch.dtype) -> None:
+def quantize_operand(operand: Node, dtype: torch.dtype) -> None:
+    """Have attention, and whoever is returned an operand of it, read codes of `dtype`."""
     graph, results = operand.graph, _results(operand)
     with graph.inserting_before(operand.next):
         scale = insert(graph, ops.cache_scale.default, operand, dtype)
@@ -133,7 +136,7 @@ def _obstacle_of_buffer(memory: Node) -> str | None:
     """Why a buffer that a graph makes and writes into holds no codes, or None where it does."""
     shown = list(g.views(memory))
     if not any(u.op == "output" for u in memory.users):
-        return "the graph does not return them: there is no cache to quantize"
+        return NOT_RETURNED
     if any(u.op == "output" for v in shown[1:] for u in v.users):
         return "a part of the memory is returned as well"
     if number(memory) != 0:

@@ -18,7 +18,7 @@ from llmcomp.graph import text
 from llmcomp.passes.base import Report, run_passes
 from llmcomp.passes.cached_graph import insert_cache
 from llmcomp.passes.facts import SHAPES
-from llmcomp.passes.insert_kv_cache import INSERT_KV_CACHE, PLAN, Plan
+from llmcomp.passes.insert_kv_cache import NAME, PLAN, Plan
 from llmcomp.target import cpu
 from tests import models
 from tests import sequence_models as sm
@@ -29,10 +29,10 @@ Function = Callable[..., object]
 
 
 def analysed(fn: Function, *inputs: Tensor) -> tuple[GraphModule, Report]:
-    """The graph as INSERT_KV_CACHE leaves it in the pipeline, with symbolic sizes, and the report."""
+    """The graph as insert_kv_cache leaves it in the pipeline, with symbolic sizes, and the report."""
     gm = capture(fn, *inputs, dynamic=True)
     passes = llmcomp.passes.pipeline(cpu(), lambda region, inlined: None)
-    upto = passes[: passes.index(INSERT_KV_CACHE) + 1]
+    upto = passes[: [p.name for p in passes].index(NAME) + 1]
     return gm, run_passes(gm, upto, frozenset({SHAPES}))[-1].report
 
 
