@@ -58,6 +58,15 @@ def optimized(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh() -> Iterator[None]:
+    """A seed, and nothing that Dynamo remembers, before or after."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphReport]]:
     """The reports of the ATen graphs that the backend compiles during the test, in order.
 

@@ -1,6 +1,5 @@
 """Weights with zeros anywhere: packed and back, as kernels read them, and through the compiler."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,10 @@ from tests.test_two_four import compiler, eager_tokens
 from tests.two_four_kernels import BF16, masked_linear, scattered_weight
 from tests.zeros import pruned
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 S0 = size("s0")
 SHAPES = [(256, 45), (200, 7), (2304, 64), (52, 3)]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("n,k", [(5, 128), (3, 70), (2, 1), (7, 256)])

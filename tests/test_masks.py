@@ -2,13 +2,15 @@
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from llmcomp.masks import held, hold, masks, release
+
+pytestmark = pytest.mark.usefixtures("fresh")
 
 Optimizers = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: list[Optimizers] = [
@@ -20,14 +22,6 @@ OPTIMIZERS: list[Optimizers] = [
     lambda p: torch.optim.RMSprop(p, 0.1, centered=True),
     lambda p: torch.optim.Muon(p, 0.1),  # mixes all elements of a matrix
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def layer() -> tuple[nn.Linear, Tensor]:

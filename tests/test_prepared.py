@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,9 @@ from tests.numerics import assert_equal_float32
 from tests.quantizable import IDS, llama, logits
 from tests.zeros import Mlp, drop
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 X = torch.randn(2, 32)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def pruned_mlp() -> Mlp:

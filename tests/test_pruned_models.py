@@ -1,7 +1,5 @@
 """Models without some of their heads, compiled: the tokens of eager, with every kind of cache."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -10,12 +8,7 @@ from llmcomp.report import GraphReport
 from tests.numerics import assert_equal_float32
 from tests.quantizable import IDS, llama, logits
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def without_heads() -> torch.nn.Module:

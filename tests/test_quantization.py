@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +19,7 @@ from llmcomp.quantized import QuantizedTensor
 from tests.numerics import assert_equal_float32
 from tests.quantizable import IDS, llama, logits
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,9 @@ from llmcomp.formats import Format, Fp8, Int4, Int8, Mxfp4, Nf4
 from llmcomp.latents import latent_of
 from tests.quantizable import IDS, llama, logits
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 FORMATS: tuple[Format, ...] = (Int8(), Int8(32), Fp8(), Int4(32), Int4(32, symmetric=True), Nf4(32), Mxfp4())
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def train(model: nn.Module, steps: int = 3, rate: float = 1e-2) -> None:

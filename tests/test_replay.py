@@ -10,12 +10,9 @@ from llmcomp import compat, replay
 from llmcomp.options import read_options
 from llmcomp.replay import Replay, Results, recording
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 OPTIONS = read_options({"target": "reference"})
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
 
 
 def compiled(function: object) -> object:

@@ -1,6 +1,5 @@
 """2:4 sparse weights: packed and back, as kernels read them, and through the compiler."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +24,12 @@ from tests.quantizable import IDS, llama
 from tests.two_four_kernels import BF16, sparse_buffers, sparse_linear, two_four_weight
 from tests.zeros import pruned
 
+pytestmark = pytest.mark.usefixtures("fresh")
+
 CODED = ["int8_2:4", "int8_g32_2:4", "int4_2:4", "int4_g64_2:4", "int4_g32_2:4", "int4_g32_symmetric_2:4"]
 F32 = torch.float32
 S0 = size("s0")
 SHAPES = [(256, 45), (704, 33), (2304, 64), (52, 3)]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
