@@ -1,8 +1,12 @@
 """A Llama whose weights fit every storage format, for the tests of quantization."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmcomp.report import GraphReport
 
 VOCABULARY = 300
 IDS = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
@@ -22,3 +26,14 @@ def logits(model: nn.Module) -> Tensor:
     """What the model makes of IDS."""
     with torch.no_grad():
         return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def assert_trains_as_eager(model: nn.Module, graphs: Sequence[GraphReport]) -> None:
+    """Every parameter gets (and keeps) the gradient of eager for the loss of IDS; `graphs` notes what is compiled."""
+    model(IDS, labels=IDS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    torch.compile(model, backend="llmcomp")(IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+    assert {"forward", "backward"} <= {g.kind for g in graphs}
