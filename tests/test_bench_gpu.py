@@ -68,6 +68,7 @@ def test_models_beside_those_of_peers(asked: Asked, part: str, monkeypatch: pyte
     assert all(row.seconds is not None for row in rows if row.peer != dies and row not in lacks)
 
 
+@pytest.mark.slow
 def test_steps_give_the_same_tokens_whoever_computes_them() -> None:
     setup = Setup("LlamaConfig", {**NARROW, "num_hidden_layers": 1}, "float32", "cpu", 1)
     model, found = setup.build(), []

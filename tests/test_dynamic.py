@@ -120,7 +120,7 @@ def test_packed_bytes_are_what_a_step_reads() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("length", [1, pytest.param(2, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 9])
 def test_compiled_models_equal_eager_ones(name: str, length: int) -> None:
     model, plain = llama(spread=0.05), llama(spread=0.05)
     llmcomp.quantize_(model, name)

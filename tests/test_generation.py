@@ -467,6 +467,7 @@ def test_a_thousand_generations_leave_nothing_behind(compiled: PreTrainedModel) 
     assert len(gc.get_objects()) - before < 2000
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_compiled_is_left_as_it_is(graphs: list[GraphReport]) -> None:
     model = llama()
     before, names = dict(vars(model)), list(model.state_dict())

@@ -55,6 +55,7 @@ def numbers(script: str, *arguments: str) -> list[int]:
     return [int(text) for text in run.stdout.split()]
 
 
+@pytest.mark.slow
 def test_quantizing_in_place_frees_the_float_weights() -> None:
     built, peak, after, packed = numbers(IN_PLACE)
     assert built > 3.9 * packed

@@ -54,6 +54,7 @@ def test_calls_and_generate_share_graphs(model, graphs):
     assert len(graphs) <= before + 1
 
 
+@pytest.mark.slow
 def test_the_original_module_stays_eager(model, graphs):
     fast = torch.compile(model, **OURS)
     generate(fast)
@@ -64,6 +65,7 @@ def test_the_original_module_stays_eager(model, graphs):
     assert type(fast._orig_mod) is type(model)
 
 
+@pytest.mark.slow
 def test_generate_in_a_thread_leaves_calls_in_another_eager(model, graphs):
     fast = torch.compile(model, **OURS)
     seen, inside = [], threading.Event()
@@ -190,6 +192,7 @@ def thin(name):
     return type(default)(**settings | {k: 1 for k in LAYERS if k in settings})
 
 
+@pytest.mark.slow
 def test_installing_again_changes_nothing(model, graphs):
     integrate.install(llmcomp.backend.llmcomp, ())
     fast = torch.compile(model, **OURS)

@@ -210,6 +210,7 @@ def test_a_forked_cache_goes_on_both_ways() -> None:
         close(ours, expected)
 
 
+@pytest.mark.slow
 def test_a_cropped_cache_goes_on_in_place() -> None:
     eager, compiled = pair(llama)
     caches = [DynamicCache(config=m.config) for m in (eager, compiled)]
@@ -234,6 +235,7 @@ def test_a_returned_cache_is_continued_in_a_second_generate() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_middle_leaves_the_next_call_right() -> None:
     eager, compiled = pair(llama)
 

@@ -107,6 +107,7 @@ def test_generation_gives_the_tokens_of_an_eager_cache_that_rounds_alike(
     assert all(isinstance(t, QuantizedCacheTensor) for x in found.past_key_values.layers for t in (x.keys, x.values))
 
 
+@pytest.mark.slow
 def test_memory_halves_and_no_copy_is_dequantized(graphs: list[GraphReport]) -> None:
     def wide() -> PreTrainedModel:
         model = llama()
@@ -245,6 +246,7 @@ def test_crops_reorders_and_a_returned_cache_go_on() -> None:
     assert isinstance(cache.layers[0].keys, QuantizedCacheTensor)
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_model_s_dtype_is_taken_over(graphs: list[GraphReport]) -> None:
     eager, compiled = pair(llama, "int8")
     with torch.no_grad():

@@ -46,6 +46,7 @@ def test_gradients_are_those_of_eager(form: str) -> None:
         assert (ours[name] - gradient).norm() <= bar * gradient.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_lowers_the_loss_and_moves_adapters_alone(compiled: bool) -> None:
     model = adapted("int4", trained=False).train()

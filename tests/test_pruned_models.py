@@ -28,7 +28,7 @@ def check_saved(graphs: list[GraphReport], kind: str) -> None:
     assert not [e for g in graphs for e in g.program.externs if not e.op.startswith("llmcomp.cache_")]
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_generate(cache: str, graphs: list[GraphReport]) -> None:
     model = without_heads()
     eager = logits(model)
@@ -49,6 +49,7 @@ def test_a_grown_cache_is_still_appended_to_in_place(graphs: list[GraphReport]) 
     assert appends and all(n == 4 for n in appends)
 
 
+@pytest.mark.slow
 def test_our_own_generation() -> None:
     model = without_heads()
     with torch.no_grad():
@@ -56,6 +57,7 @@ def test_our_own_generation() -> None:
         assert torch.equal(llmcomp.generate(model, IDS, max_new_tokens=6, do_sample=False), tokens)
 
 
+@pytest.mark.slow
 def test_between_calls(graphs: list[GraphReport]) -> None:
     """A model that is called with ever more tokens keeps the keys of the heads that are left."""
     model = without_heads()

@@ -116,6 +116,7 @@ def test_two_sequences_in_turns_keep_their_caches(fast: nn.Module, kinds: list[s
     assert kinds.count("fill") == 2 and kinds.count("step") == 12
 
 
+@pytest.mark.slow
 def test_batches(fast: nn.Module, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     loop(fast, batch=3)
     assert kinds == ["fill", "step", "step", "step", "step"]

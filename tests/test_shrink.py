@@ -255,6 +255,7 @@ def both(out: CausalLMOutputWithPast) -> tuple[Tensor, ...]:
     return out.logits, *(t for layer in layers for t in (layer.keys, layer.values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith("neox")])
 def test_keys_of_a_cache_stay(kind: str) -> None:
     model = made(kind)

@@ -75,7 +75,10 @@ def close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-@pytest.mark.parametrize("make", [llama, mistral, pytest.param(gemma2, marks=MORE), pytest.param(gpt2, marks=MORE)])
+@pytest.mark.parametrize(
+    "make",
+    [llama, *(pytest.param(m, marks=MORE) for m in (gemma2, gpt2)), pytest.param(mistral, marks=pytest.mark.slow)],
+)
 def test_generate_holds_codes(graphs: list[GraphReport], make: Make, kv_dtype: str) -> None:
     eager, compiled = pair(make, kv_dtype)
     found = compiled.generate(
@@ -97,7 +100,7 @@ EARLY = pytest.mark.parametrize("early", [False, True], ids=["made by the graph"
 
 
 @EARLY
-@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize("make", [pytest.param(llama, marks=pytest.mark.slow), mistral])
 def test_a_loop_has_no_graph_too_many(graphs: list[GraphReport], make: Make, early: bool) -> None:
     counts = []
     for kv_dtype in (None, "int8"):
@@ -216,6 +219,7 @@ def test_a_cache_that_eager_filled_is_taken_over(graphs: list[GraphReport]) -> N
         close([t.dequantized()[:, :, :5]], [rounded(was, "int8")[:, :, :5]])
 
 
+@pytest.mark.slow
 def test_a_full_device_leaves_a_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, compiled = pair(llama, "int8")
     cache, same = empty(compiled, early=True), rounding(eager, "int8", CAPACITY)
@@ -236,6 +240,7 @@ def test_a_full_device_leaves_a_cache_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     close(loop(compiled, cache, tokens(1, 4)), loop(eager, same, tokens(1, 4)))
 
 
+@pytest.mark.slow
 def test_memory_of_nobody_that_is_found_is_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, compiled = pair(llama, "int8")
     cache, same = empty(compiled, early=True), empty(eager, early=True)
@@ -257,6 +262,7 @@ def _once(find: Callable[..., dict[int, object]]) -> Callable[..., dict[int, obj
     return found
 
 
+@pytest.mark.slow
 def test_what_stays_in_full_is_said_once(graphs: list[GraphReport]) -> None:
     class Own(nn.Module):
         """Attention that holds its cache in buffers of its own."""
