@@ -3,6 +3,7 @@
 import sympy
 import torch
 
+from llmcomp.blocks import Blocks
 from llmcomp.codegen.build import cpu_features
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
@@ -15,6 +16,8 @@ def header(packing: Packing | None) -> str:
     """The header that a kernel of such weights builds on."""
     if packing is None:
         return "contract"
+    if isinstance(packing.format, Blocks):
+        return "blocks"
     if isinstance(packing.format, TwoFour | Masked) or packing.format.two_four:
         return "sparse"
     return "dynamic" if packing.format.dynamic else "packed"
@@ -28,6 +31,8 @@ def expands() -> bool:
 
 def operand_type(kernel: Contract, packing: Packing) -> str:
     """The type that packs the operand for such weights."""
+    if isinstance(packing.format, Blocks):
+        return f"blocks::Operand<{weights_type(kernel, packing)}, {MEMORY_TYPES[kernel.operand_dtype]}>"
     sparse = isinstance(packing.format, TwoFour | Masked)
     kind = "Dynamic" if packing.format.dynamic else "Sparse" if sparse else "Operand"
     return f"packed::{kind}<{weights_type(kernel, packing)}, {MEMORY_TYPES[kernel.operand_dtype]}>"
@@ -43,6 +48,8 @@ def weights_type(kernel: Contract, packing: Packing) -> str:
     dtypes = {b.name: b.dtype for b in kernel.buffers}
     scale = MEMORY_TYPES[torch.bfloat16 if packing.scale is None else dtypes[packing.scale]]
     form = packing.format
+    if isinstance(form, Blocks):
+        return f"blocks::Tile<{MEMORY_TYPES[kernel.operand_dtype]}, {form.width}>"
     if isinstance(form, TwoFour):
         return f"packed::TwoFour<{MEMORY_TYPES[kernel.operand_dtype]}>"
     if isinstance(form, Masked):

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from llmcomp.blocks import Blocks
 from llmcomp.codegen import kernel as K
 from llmcomp.codegen.index import ZERO, Index, Space, axis_symbol, size, sizes
 from llmcomp.codegen.lowered import (
@@ -29,7 +30,7 @@ from llmcomp.codegen.rules import rules
 from llmcomp.formats import Format, parse_format
 from llmcomp.graph import is_contiguous
 from llmcomp.masked import ENTRY, Masked
-from llmcomp.products import MASKED, PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
+from llmcomp.products import BLOCKS, MASKED, PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
 from llmcomp.region import Region, Unfit
 from llmcomp.two_four import TwoFour
 
@@ -367,6 +368,8 @@ def storage(layer: Node) -> Format | None:
         return TwoFour()
     if layer.target is MASKED:
         return Masked()
+    if layer.target is BLOCKS:
+        return Blocks(height=int(str(layer.args[4])), width=int(str(layer.args[5])))
     return parse_format(str(layer.args[5])) if layer.target is PACKED else None
 
 
@@ -387,7 +390,7 @@ def _packed(layer: Node, form: Format, prologue: Puller) -> K.Weight:
         if isinstance(part, Node) and (not prologue.in_memory(part) or not is_contiguous(fake(part))):
             raise Unfit(f"the quantized weight of {layer.name} is computed")
     assert isinstance(codes, Node)
-    row = sympy.Integer(ENTRY) if isinstance(form, Masked) else size(fake(codes).shape[1])
+    row = sympy.Integer(ENTRY) if isinstance(form, Masked | Blocks) else size(fake(codes).shape[1])
     buffer = prologue.buffer(codes, "weight").name
     if not form.group:
         return K.Weight(buffer, row, sympy.Integer(1), packing=K.Packing(form))

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     from llmcomp.quantized import safe_globals
     from llmcomp.quantized_training import train_quantized_
     from llmcomp.reuse import reset
-    from llmcomp.sparsity import NM, Magnitude, Movement, SparseGPT, Structured, Wanda, Zeros
+    from llmcomp.sparsity import NM, Block, Magnitude, Movement, SparseGPT, Structured, Wanda, Zeros
 
 __version__ = "0.1.0"
 __all__ = [
+    "Block",
     "Budget",
     "BuildError",
     "CacheError",
@@ -100,7 +101,9 @@ _LATER = {
     "Pruning": "llmcomp.pruning",
     "prune_": "llmcomp.pruning",
     "PruningSchedule": "llmcomp.pruning_schedule",
-    **dict.fromkeys(("Magnitude", "Movement", "NM", "SparseGPT", "Structured", "Wanda", "Zeros"), "llmcomp.sparsity"),
+    **dict.fromkeys(
+        ("Block", "Magnitude", "Movement", "NM", "SparseGPT", "Structured", "Wanda", "Zeros"), "llmcomp.sparsity"
+    ),
     **dict.fromkeys(("Format", "Fp8", "Int4", "Int8", "Mxfp4", "Nf4"), "llmcomp.formats"),
     "custom_generate": "llmcomp.generation",
     "generate": "llmcomp.generation",

@@ -6,9 +6,10 @@ from math import prod
 import torch
 from torch.fx import Graph, Node
 
+from llmcomp.blocks import numbers_in
 from llmcomp.graph import base, is_view
 from llmcomp.hints import hint
-from llmcomp.products import PRODUCTS
+from llmcomp.products import BLOCKS, PRODUCTS
 from llmcomp.region import Region
 
 
@@ -30,11 +31,20 @@ def flops(node: Node) -> int:
                        aten.bmm.default, aten.addmm.default, aten.matmul.default):  # fmt: skip
         first = node.args[1] if node.target is aten.addmm.default else node.args[0]
         assert isinstance(first, Node)
+        if node.target is BLOCKS:
+            return 2 * prod(_shape(node)[:-1]) * _kept(node)
         return 2 * prod(_shape(node)) * _shape(first)[-1]
     if node.target in (ops.attention.default, aten.scaled_dot_product_attention.default):
         q, k, v = (a for a in node.args[:3] if isinstance(a, Node))
         return 2 * prod(_shape(node)[:-1]) * _shape(k)[-2] * (_shape(q)[-1] + _shape(v)[-1])
     return prod(_shape(node))
+
+
+def _kept(product: Node) -> int:
+    """Weights that a product with a matrix stored in blocks reads."""
+    codes = product.args[1]
+    assert isinstance(codes, Node)
+    return numbers_in(_bytes(codes), _shape(product)[-1], product.meta["val"].dtype.itemsize)
 
 
 def _is_parameter(node: Node) -> bool:

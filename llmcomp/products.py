@@ -5,11 +5,13 @@ grouped_linear(x, weight, ends, kn)
 packed_linear(x, codes, scale, zero, bias, format)
 two_four_linear(x, codes, bias)
 masked_linear(x, codes, bias, outputs)
+block_linear(x, codes, bias, outputs, height, width)
 """
 
 import torch
 from torch.fx import Node
 
+import llmcomp.blocks
 import llmcomp.masked
 import llmcomp.ops
 import llmcomp.packed_ops
@@ -20,7 +22,8 @@ GROUPED = torch.ops.llmcomp.grouped_linear.default
 PACKED = torch.ops.llmcomp.packed_linear.default
 TWO_FOUR = torch.ops.llmcomp.two_four_linear.default
 MASKED = torch.ops.llmcomp.masked_linear.default
-PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR, MASKED)
+BLOCKS = torch.ops.llmcomp.block_linear.default
+PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR, MASKED, BLOCKS)
 
 
 def is_product(node: Node) -> bool:
@@ -44,7 +47,7 @@ def ends_of(node: Node) -> Node | None:
 
 def bias_of(node: Node) -> Node | None:
     """The vector that is added to every row, if any."""
-    at = {LINEAR: 2, PACKED: 4, TWO_FOUR: 2, MASKED: 2}.get(node.target)  # type: ignore[call-overload]
+    at = {LINEAR: 2, PACKED: 4, TWO_FOUR: 2, MASKED: 2, BLOCKS: 2}.get(node.target)  # type: ignore[call-overload]
     bias = None if at is None else node.args[at]
     assert bias is None or isinstance(bias, Node)
     return bias

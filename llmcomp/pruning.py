@@ -19,9 +19,9 @@ from llmcomp.errors import OptionError, PruneError
 from llmcomp.masks import held, hold
 from llmcomp.prune_data import prune_with_data
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.saliency import keep_largest, keep_of_groups
+from llmcomp.saliency import keep_blocks, keep_largest, keep_of_groups
 from llmcomp.sites import Chosen, Site, by_function, by_patterns, is_linear, sites
-from llmcomp.sparsity import NM, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
+from llmcomp.sparsity import NM, Block, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
 from llmcomp.token_batches import Batches, token_batches
 from llmcomp.units import unit_masks
 
@@ -160,6 +160,8 @@ def _misfit(site: Site, by: Sparsity) -> str | None:
         return f"the weight is {weight.dtype} of shape {tuple(weight.shape)}"
     if isinstance(by, NM) and columns % by.m:
         return f"{by.m} does not divide its {columns} inputs"
+    if isinstance(by, Block) and (by.height > site.matrix.shape[0] or by.width > columns):
+        return f"it is {site.matrix.shape[0]} x {columns}, smaller than a block of {by.height} x {by.width}"
     if by.needs_data and not any(map(is_linear, site.holders)):
         return "it is an embedding, which has no inputs to measure: choose by magnitude"
     if not bool(torch.isfinite(weight).all()):
@@ -223,11 +225,17 @@ def mask_of(weight: Tensor, by: Sparsity, transposed: bool = False) -> Tensor:
             return weight != 0
         case Magnitude():
             return keep_largest(weight.float().abs(), by.sparsity)
-        case NM():
+        case NM() | Block():
             worth = weight.float().abs()
-            mask = keep_of_groups(worth.t() if transposed else worth, by.n, by.m)
+            mask = _structured(worth.t() if transposed else worth, by)
             return mask.t().contiguous() if transposed else mask
     raise AssertionError(f"{by} chooses by data")
+
+
+def _structured(worth: Tensor, by: NM | Block) -> Tensor:
+    if isinstance(by, NM):
+        return keep_of_groups(worth, by.n, by.m)
+    return keep_blocks(worth, by.sparsity, by.height, by.width)
 
 
 def _prune_units(model: nn.Module, by: Structured, batches: Batches | None) -> Pruning:

@@ -1,7 +1,7 @@
 """Which weights of a matrix stay: from what each is worth to a mask (True: it stays).
 
 matrix (N, K) of a linear layer     rows are its outputs, columns k its inputs
-magnitude                           |w|
+magnitude                           |w|; of blocks, its mean
 wanda                               |w[n, k]| * norm of input k over the data
 """
 
@@ -29,6 +29,20 @@ def keep_of_groups(worth: Tensor, n: int, m: int) -> Tensor:
     """The n of greatest worth among every m neighbours along k, whose number m divides."""
     groups = worth.unflatten(-1, (-1, m))
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, dim=-1).indices, True).flatten(-2)
+
+
+def keep_blocks(worth: Tensor, sparsity: float, height: int, width: int) -> Tensor:
+    """All of (N, K) but the part `sparsity` of its blocks of least mean worth; those at the edges may be smaller."""
+    rows, columns = worth.shape
+    sums, counts = (_sums(x, height, width) for x in (worth, torch.ones_like(worth)))
+    stay = keep_largest(sums / counts, sparsity)
+    return stay.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns].contiguous()
+
+
+def _sums(x: Tensor, height: int, width: int) -> Tensor:
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % width, 0, -x.shape[0] % height))
+    sums: Tensor = padded.unflatten(1, (-1, width)).sum(2).unflatten(0, (-1, height)).sum(1)
+    return sums
 
 
 def wanda(weight: Tensor, squares: Tensor) -> Tensor:

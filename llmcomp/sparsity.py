@@ -3,6 +3,7 @@
     Magnitude(0.5)                    half of the weights of each matrix, the smallest
     Magnitude(0.5, scope="global")    half of the weights of all matrices together
     NM(2, 4)                          2 of every 4 neighbours along k stay; also criterion="wanda", "sparsegpt"
+    Block(0.5, height=32, width=32)   half of the blocks of 32 rows and 32 neighbours along k: those of least magnitude
     Wanda(0.5)                        of each row those that move the output least: |w| times the norm of its input
     SparseGPT(0.5)                    by their error in the output, which the weights that stay make up for
     Structured(channels=0.25)         channels of MLPs, heads of attention, layers: all that belongs to one
@@ -75,6 +76,24 @@ class NM(Sparsity):
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Block(Part):
+    """The part `sparsity` of the blocks of each matrix, `height` outputs by `width` inputs, whose weights are smallest
+    on average; Block(0.5, 1, 64) takes runs of 64 out of each row by themselves.
+    """
+
+    height: int = 32
+    width: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("height", self.height), ("width", self.width)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(
+                    f"expected the {name} of blocks to be a whole number of weights, found {value!r}: pass 32"
+                )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Matrices with zeros are stored without them, where kernels read that faster.
 
     linear(x, w), w 2:4 sparse, x of few rows        ->   two_four_linear(x, pack_two_four(w))
+    linear(x, w), blocks of w zero                   ->   block_linear(x, pack_blocks(w))
     linear(x, w), half of w zero, x of few rows      ->   masked_linear(x, pack_masked(w))
     linear(x, dequantize(codes, ..., "int8", K))     ->   packed_linear(x, pack_codes(codes, ...), ..., "int8_2:4")
 
 A part of passes/prune.py, after which no rows or columns are left that count for nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,23 +18,28 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from llmcomp import blocks
+from llmcomp.blocks import Blocks
 from llmcomp.formats import Format, Int4, Int8, Packed, parse_format
 from llmcomp.graph import insert, replace_by, source, val
 from llmcomp.hints import volume
 from llmcomp.masked import room
 from llmcomp.passes.base import Report
+from llmcomp.passes.zero_blocks import DTYPES, Found, find_blocks
 from llmcomp.passes.zero_structure import PREPARED, Values, share_of_zeros
-from llmcomp.products import LINEAR, MASKED, PACKED, TWO_FOUR, bias_of, operand_of
+from llmcomp.products import BLOCKS, LINEAR, MASKED, PACKED, TWO_FOUR, bias_of, operand_of
 from llmcomp.two_four import is_two_four
 
 MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.8, 1.7, 1.7 and 1.0 times dense at 1, 2, 4 and 8
 FEWEST = 0.495  # zeros, scattered; times dense, one to four rows: 1.0 to 1.3 at 50%, 1.3 to 1.8 at 70%, 0.9 at 48%
 MOST_ROWS_OF_CODES = 1  # the same for int8: 1.3, 0.9 and 0.8 at 1, 2 and 4; int4: 0.8 at 1
 NOTABLE = 0.25  # zeros: below, nothing is said of them
+UNKNOWN = "no kernel that is known to be faster without zeros"
 FEW_ROWS = 8  # of codes, that tell whether a matrix holds many zeros
 DEQUANTIZE = torch.ops.llmcomp.dequantize.default
 PACK_CODES = torch.ops.llmcomp.pack_codes.default
 PACK_MASKED = torch.ops.llmcomp.pack_masked.default
+PACK_BLOCKS = torch.ops.llmcomp.pack_blocks.default
 PACK = torch.ops.llmcomp.pack_two_four.default
 
 
@@ -68,24 +75,48 @@ def _decide(node: Node, weight: Node, value: Tensor, packs: bool, report: Report
     transposed, reason = bool(node.args[3]), _stays_dense(node, packs)
     many = share >= FEWEST
     two_four = many and is_two_four(value)
-    if many and not transposed and reason is None:
+    found = None if transposed else find_blocks(value)
+    blocks_reason = None if found is None else _blocks_stay_dense(node, found, packs)
+    otherwise = (1.125 if two_four else 0.125 + 2 * (1 - share)) if many and reason is None else math.inf
+    if found is not None and blocks_reason is None and found.bytes_of_weight(value.itemsize) < otherwise:
+        _keep_blocks(node, weight, value, found.form)
+        report.rewrites += 1
+    elif many and not transposed and reason is None:
         if two_four:
             replace_by(node, TWO_FOUR, operand_of(node), _prepared(node, PACK, weight), bias_of(node))
         else:
             codes = _prepared(node, PACK_MASKED, weight, room(value))
             replace_by(node, MASKED, operand_of(node), codes, bias_of(node), value.shape[0])
         report.rewrites += 1
+    elif found is not None and blocks_reason is not None:
+        report.miss(node, f"{found}, and read whole: {blocks_reason}")
     elif not two_four:
         report.miss(node, _why_whole(value, share, transposed, reason))
     elif not transposed:
         report.miss(node, f"its weights are 2:4 sparse, and read whole: {reason}")
 
 
+def _keep_blocks(node: Node, weight: Node, value: Tensor, form: Blocks) -> None:
+    size = (form.height, form.width)
+    codes = _prepared(node, PACK_BLOCKS, weight, *size, blocks.room(value, *size))
+    replace_by(node, BLOCKS, operand_of(node), codes, bias_of(node), value.shape[0], *size)
+
+
+def _blocks_stay_dense(node: Node, found: Found, packs: bool) -> str | None:
+    """Why a layer reads all blocks of its weight, or None."""
+    dtypes = {val(operand_of(node)).dtype, val(source(node, 1)).dtype}
+    if not packs:
+        return UNKNOWN
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return "they are left out in bfloat16 and float32, where the operand has the same"
+    return found.stays_dense(volume(val(operand_of(node)).shape[:-1]))
+
+
 def _stays_dense(node: Node, packs: bool) -> str | None:
     """Why a layer does not read packed weights, or None."""
     dtypes = {val(operand_of(node)).dtype, val(source(node, 1)).dtype}
     if not packs:
-        return "no kernel that is known to be faster without zeros"
+        return UNKNOWN
     if dtypes != {torch.bfloat16}:
         return "they are packed in bfloat16 alone"
     if (rows := volume(val(operand_of(node)).shape[:-1])) > MOST_ROWS:

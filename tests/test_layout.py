@@ -24,7 +24,14 @@ LAYERS = (
     ("llmcomp.formats", "llmcomp.nibbles", "llmcomp.pairs", "llmcomp.dynamic"),
     (
         *("llmcomp.graph", "llmcomp.ops", "llmcomp.hints", "llmcomp.region", "llmcomp.pointwise"),
-        *("llmcomp.packed_ops", "llmcomp.products", "llmcomp.two_four", "llmcomp.masked", "llmcomp.saliency"),
+        *(
+            "llmcomp.packed_ops",
+            "llmcomp.products",
+            "llmcomp.two_four",
+            "llmcomp.masked",
+            "llmcomp.blocks",
+            "llmcomp.saliency",
+        ),
         "llmcomp.costs",
     ),
     ("llmcomp.cache_ops", "llmcomp.quantized_cache"),

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+import llmcomp.blocks
 import llmcomp.cache_ops
 import llmcomp.masked
 import llmcomp.packed_ops
@@ -54,7 +55,11 @@ CODES = torch.randint(-127, 128, (2, 3, 4, 8), dtype=torch.int8)
 SPARSE = normal(5, 64, dtype=half) * torch.tensor([1.0, 0, 0, 1]).repeat(16).to(half)
 _eight = Int8().quantize(SPARSE)
 MASKED = llmcomp.masked.pack(SPARSE, llmcomp.masked.room(SPARSE))
+BLOCKY = normal(5, 70) * (torch.arange(70) // 16 != 1)
+BLOCKS = llmcomp.blocks.pack(BLOCKY, 8, 16, 4096)
 SAMPLES = {
+    "pack_blocks": Sample(ops.pack_blocks.default, (BLOCKY, 8, 16, 4096)),
+    "block_linear": Sample(ops.block_linear.default, (normal(2, 3, 70), BLOCKS, normal(5), 5, 8, 16)),
     "pack_masked": Sample(ops.pack_masked.default, (SPARSE, MASKED.numel())),
     "masked_linear": Sample(
         ops.masked_linear.default, (normal(2, 3, 64, dtype=half), MASKED, normal(5, dtype=half), 5)

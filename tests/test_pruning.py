@@ -16,7 +16,7 @@ from llmcomp.masks import masks
 from llmcomp.pruning import prune_
 from llmcomp.quantization import quantize_
 from llmcomp.sparsegpt import sparsegpt
-from llmcomp.sparsity import NM, Magnitude, SparseGPT, Wanda, Zeros
+from llmcomp.sparsity import NM, Block, Magnitude, SparseGPT, Wanda, Zeros
 from tests.quantizable import IDS, llama, logits
 
 DATA = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -51,6 +51,22 @@ def test_global_takes_more_where_weights_are_small() -> None:
         model[0].weight.mul_(0.1)
     done = prune_(model, Magnitude(0.5, scope="global"))
     assert done.sparsity == 0.5 and done.rows[0].sparsity > 0.8 > 0.2 > done.rows[1].sparsity
+
+
+def test_blocks_go_as_a_whole() -> None:
+    model = llama()
+    done = prune_(model, Block(0.5, 8, 16))
+    assert all(abs(r.sparsity - 0.5) < 0.02 for r in done.pruned)
+    for layer in model.model.layers:
+        for weight in (layer.mlp.down_proj.weight, layer.self_attn.q_proj.weight):
+            zero = (weight == 0).unflatten(1, (-1, 16)).unflatten(0, (-1, 8))
+            assert torch.equal(zero.all(3).all(1), zero.any(3).any(1))
+    convs = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300))
+    prune_(convs, Block(0.5, 32, 1))
+    zero = convs.transformer.h[0].attn.c_attn.weight == 0
+    assert 32 * zero.unflatten(1, (-1, 32)).all(2).sum() == zero.sum()
+    done = prune_(llama(), Block(0.5, 1024, 16))
+    assert not done.pruned and "smaller than a block of 1024 x 16" in done.left[1].reason
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])

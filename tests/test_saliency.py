@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmcomp.saliency import keep_largest, keep_largest_of_rows, keep_of_groups, wanda
+from llmcomp.saliency import keep_blocks, keep_largest, keep_largest_of_rows, keep_of_groups, wanda
 
 
 def test_the_largest_stay() -> None:
@@ -30,3 +30,10 @@ def test_n_of_m_stay_in_every_group(n: int, m: int) -> None:
 def test_wanda_weighs_by_the_input() -> None:
     worth = wanda(torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([100.0, 4.0, 0.0]))
     assert worth.tolist() == [[10.0, 4.0, 0.0]]
+
+
+def test_blocks_of_least_mean() -> None:
+    worth = torch.ones(5, 7)
+    worth[:2, 3:6], worth[4, 6] = 0.5, 0.1
+    mask = keep_blocks(worth, 2 / 9, 2, 3)
+    assert not mask[:2, 3:6].any() and not mask[4, 6] and mask.sum() == 35 - 7

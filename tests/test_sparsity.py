@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from llmcomp.errors import OptionError
-from llmcomp.sparsity import NM, Magnitude, Movement, SparseGPT, Sparsity, Structured, Wanda, parse_sparsity
+from llmcomp.sparsity import NM, Block, Magnitude, Movement, SparseGPT, Sparsity, Structured, Wanda, parse_sparsity
 
 
 def test_names() -> None:
@@ -28,6 +28,9 @@ def test_names() -> None:
         lambda: NM(4, 4),
         lambda: NM(2, 4, "taylor"),
         lambda: NM(2.0, 4),  # type: ignore[arg-type]
+        lambda: Block(1.0),
+        lambda: Block(0.5, 0),
+        lambda: Block(0.5, 32, 1.5),  # type: ignore[arg-type]
         lambda: Structured(),
         lambda: Structured(channels=1.0),
         lambda: Structured(heads=-1),

@@ -6,6 +6,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from llmcomp.blocks import Blocks
 from llmcomp.codegen.kernel import Accumulator, Axis, Buffer, Contract, Load, Packing, Section, Store, Weight
 from llmcomp.masked import ENTRY, Masked
 from llmcomp.pairs import BLOCK
@@ -66,3 +67,22 @@ def scattered_weight(n: int, k: int, zeros: float) -> Tensor:
     weight = (torch.randn(n, k) / k**0.5 * (torch.rand(n, k) >= zeros)).bfloat16()
     weight[n // 2], weight[-1] = 0, 1 / k
     return weight
+
+
+def block_linear(rows: int | sympy.Symbol, k: int, n: int, form: Blocks, dtype: torch.dtype = BF16) -> Contract:
+    """The same with zeros in blocks."""
+    kernel = sparse_linear(rows, k, n)
+    section = kernel.sections[0]
+    weight = Weight("weight_ptr", sympy.Integer(ENTRY), sympy.Integer(1), packing=Packing(form))
+    accumulators = tuple(replace(a, weight=weight) for a in section.accumulators)
+    sections = (replace(section, accumulators=accumulators),)
+    buffers = tuple(b if b.name == "weight_ptr" else replace(b, dtype=dtype) for b in kernel.buffers)
+    name = f"block_linear_{str(dtype)[6:]}_{form.height}_{form.width}_{k}_{n}"
+    return replace(kernel, name=name, buffers=buffers, operand_dtype=dtype, sections=sections)
+
+
+def block_weight(n: int, k: int, form: Blocks, zeros: float, dtype: torch.dtype = BF16) -> Tensor:
+    """A matrix of which about this part of its blocks is zero."""
+    kept = torch.rand(-(-n // form.height), -(-k // form.width)) >= zeros
+    whole = kept.repeat_interleave(form.height, 0).repeat_interleave(form.width, 1)[:n, :k]
+    return (torch.randn(n, k) / k**0.5 * whole).to(dtype)
