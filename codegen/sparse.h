@@ -187,15 +187,16 @@ struct TwoFour {
     typedef bf16 Scale;
     static constexpr int64_t GROUP = 0, STEP = 32, KEPT = BLOCK, BYTES = MASKS + KEPT, HALF = STEP / 2;
     static constexpr bool ZEROS = false, INTEGER = false, PAIRS = IN_PAIRS<Graph>;
+    static constexpr int64_t LONG = PAIRS ? HALF : STEP;  // floats that a step of the operand takes
     const uint8_t* codes;
     const Scale* scale;
     int64_t ld, ldg, groups;
 
 #if LLMCOMP_EXPANDS
     // The 32 weights of a step, in order, as 16 pairs of bf16.
-    static MEMBER Bits expand(const uint8_t* kept, uint32_t bits) {
+    static MEMBER Bits expand(Bits kept, uint32_t bits) {
         Bits v;
-        __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(v) : "v"(twice(kept)), "Yk"(bits));
+        __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(v) : "v"(kept), "Yk"(bits));
         return v;
     }
 
@@ -207,11 +208,33 @@ struct TwoFour {
         return acc;
     }
 
+    // Step `s` of a row of weights meets C rows of the operand. With one of them, steps take turns to add to two sums:
+    // none waits for the last.
+    template <int64_t C>
+    static MEMBER void add(Vec (&even)[C], Vec (&odd)[C], Bits w, const float* x, int64_t s) {
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < C; ++c) {
+            if constexpr (PAIRS) {
+                Vec& sum = (s & 1 && C == 1 ? odd : even)[c];
+                sum = dot(w, load<Bits>(x + c * HALF), sum);
+            } else {
+                even[c] = fma(Vec(w << 16), load<Vec>(x + c * STEP), even[c]);
+                odd[c] = fma(Vec(w & 0xffff0000u), load<Vec>(x + c * STEP + HALF), odd[c]);
+            }
+        }
+    }
+
+    template <int64_t R, int64_t C>
+    static MEMBER void store(float* out, int64_t ldo, Vec (&even)[R][C], const Vec (&odd)[R][C]) {
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t c = 0; c < C; ++c) even[r][c] += odd[r][c];
+        micro::store_sums<R, C>(out, ldo, even);
+    }
+
     template <int64_t R, int64_t C>
     MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t* next) const {
         const uint8_t* masks = codes + n * ld;
         const uint8_t* kept = masks + kept_at(depth);
-        constexpr int64_t LONG = PAIRS ? HALF : STEP;  // floats that a step of the operand takes
         Vec even[R][C] = {}, odd[R][C] = {};
         const int64_t blocks = (depth + BLOCK - 1) / BLOCK;
         for (int64_t b = 0; b < blocks; ++b, masks += MASKS, kept += KEPT, next += R * BYTES) {
@@ -221,22 +244,11 @@ struct TwoFour {
             for (int64_t s = 0; s < 4; ++s, x += C * LONG)
 #pragma GCC unroll 4
                 for (int64_t r = 0; r < R; ++r) {
-                    const Bits w = expand(kept + r * ld + s * STEP, mask_at<uint32_t>(masks + r * ld + s * 4));
-#pragma GCC unroll 8
-                    for (int64_t c = 0; c < C; ++c) {
-                        if constexpr (PAIRS) {
-                            Vec& sum = (s & 1 && C == 1 ? odd : even)[r][c];
-                            sum = dot(w, load<Bits>(x + c * HALF), sum);
-                            continue;
-                        }
-                        even[r][c] = fma(Vec(w << 16), load<Vec>(x + c * STEP), even[r][c]);
-                        odd[r][c] = fma(Vec(w & 0xffff0000u), load<Vec>(x + c * STEP + HALF), odd[r][c]);
-                    }
+                    const uint32_t bits = mask_at<uint32_t>(masks + r * ld + s * 4);
+                    add(even[r], odd[r], expand((Bits)twice(kept + r * ld + s * STEP), bits), x, s);
                 }
         }
-        for (int64_t r = 0; r < R; ++r)
-            for (int64_t c = 0; c < C; ++c) even[r][c] += odd[r][c];
-        micro::store_sums<R, C>(out, ldo, even);
+        store(out, ldo, even, odd);
     }
 #else
     template <int64_t R, int64_t C>
@@ -273,7 +285,7 @@ struct TwoFour {
 template <typename Graph>
 struct Masked : TwoFour<Graph> {
     typedef TwoFour<Graph> Base;
-    using Base::STEP, Base::HALF, Base::PAIRS, Base::codes, Base::ld;
+    using Base::STEP, Base::LONG, Base::codes, Base::ld;
 
     // Where the masks (0) or the numbers (1) of a row begin.
     MEMBER const uint8_t* start(int64_t n, int64_t which) const {
@@ -286,7 +298,6 @@ struct Masked : TwoFour<Graph> {
 #if LLMCOMP_EXPANDS
     template <int64_t R, int64_t C>
     MEMBER void dots(float* out, int64_t ldo, int64_t n, const float* x, int64_t depth, const uint8_t*) const {
-        constexpr int64_t LONG = PAIRS ? HALF : STEP;
         const uint8_t *masks[R], *kept[R];
 #pragma GCC unroll 4
         for (int64_t r = 0; r < R; ++r) masks[r] = start(n + r, 0), kept[r] = start(n + r, 1);
@@ -303,24 +314,11 @@ struct Masked : TwoFour<Graph> {
                 for (int64_t r = 0; r < R; ++r) {
                     const uint32_t bits = mask_at<uint32_t>(masks[r] + b * MASKS + 4 * s);
                     const Bits from = load<Bits>(kept[r]);
-                    kept[r] += 2 * __builtin_popcount(bits);
-                    Bits w;
-                    __asm__("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(w) : "v"(from), "Yk"(bits));
-#pragma GCC unroll 8
-                    for (int64_t c = 0; c < C; ++c) {
-                        if constexpr (PAIRS) {
-                            Vec& sum = (s & 1 && C == 1 ? odd : even)[r][c];
-                            sum = Base::dot(w, load<Bits>(x + c * HALF), sum);
-                            continue;
-                        }
-                        even[r][c] = fma(Vec(w << 16), load<Vec>(x + c * STEP), even[r][c]);
-                        odd[r][c] = fma(Vec(w & 0xffff0000u), load<Vec>(x + c * STEP + HALF), odd[r][c]);
-                    }
+                    kept[r] += 2 * __builtin_popcount(bits);  // the next load waits for this: not after the products
+                    Base::add(even[r], odd[r], Base::expand(from, bits), x, s);
                 }
         }
-        for (int64_t r = 0; r < R; ++r)
-            for (int64_t c = 0; c < C; ++c) even[r][c] += odd[r][c];
-        micro::store_sums<R, C>(out, ldo, even);
+        Base::store(out, ldo, even, odd);
     }
 #else
     template <int64_t R, int64_t C>
