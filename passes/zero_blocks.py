@@ -16,8 +16,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 SLOWER = {1: 1.1, 8: 1.02}  # bytes of blocks that are so high count for more, where others would do
 NARROW = 1.05  # likewise those of the smallest width
 # Rows of the operand, and the least part of blocks that must be zero there: of high blocks, and of those of one row.
-# Measured on AVX-512 with two threads, 4096 x 4096, times dense: 1 to 4 rows 1.3 to 1.6 and 1.2 at 30%, 1.9 to 2.2 and
-# 1.9 at 50%; 8 rows 0.9 to 1.1 and 0.5 at 30%, 1.3 to 1.6 and 0.8 at 50%; 64 to 256 rows, times the library, 1.25 to 1.5
+# Measured on AVX-512 with two threads, 4096 x 4096: 1 to 4 rows, times dense, 1.3 to 1.6 and 1.2 at 30%, 1.9 to 2.2 and
+# 1.9 at 50%; 8 rows 0.9 to 1.1 and 0.5 at 30%, 1.3 to 1.6 and 0.8 at 50%; 64 to 256 rows, times the library, 1.3 to 1.5
 # at 20% (float32: 1.0 at 30%) and 0.6 at 35%, 1.6 to 2.2 and 0.8 at 50%, 2.9 to 3.6 and 1.3 at 75%.
 LEAST = ((4, 0.25, 0.3), (8, 0.4, 0.65), (2**31, 0.35, 0.7))
 
