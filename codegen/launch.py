@@ -150,6 +150,7 @@ class Product(NamedTuple):
     experts: int = 1
     across: bool = False  # weights lie along the columns (K, N), not along the depth
     room: int = 64  # results for which a thread has registers, as far as what follows the products goes
+    together: int = 128  # columns that a program may own
     quad: int = 0  # codes of weights that few rows meet in quads of words: how many of what `depth` counts these hold
 
 
@@ -163,7 +164,7 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
     rows = min(power(-(-shape.rows // shape.experts)), 4)
     depth = _divisor(shape.depth, block_k)
     products = elements * 32 * warps // (rows * shape.parts)
-    block_n = shape.width or min(128, max(1, products // depth))
+    block_n = shape.width or min(shape.together, max(1, products // depth))
     if shape.across:
         block_n = max(block_n, 32 // shape.bytes)
     if shape.width or shape.across:  # the columns are given: take what depth is left
@@ -214,7 +215,7 @@ def gemv_configs(shape: Product) -> tuple[Config, ...]:
 
 
 def _dot(shape: Product, block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
-    block_n = shape.width or block_n
+    block_n = shape.width or min(block_n, shape.together)
     if shape.quad == 4:  # words of two halves that are multiplied one after the other
         block_k = max(16, min(block_k // 4, shape.depth & -shape.depth))
     else:

@@ -35,6 +35,7 @@ from llmcomp.codegen.kernel import (
     phases,
     vectors,
 )
+from llmcomp.codegen.triton_blocks import blocks_of, columns_of_program, print_block_products
 from llmcomp.codegen.triton_body import (
     Dim,
     Tile,
@@ -247,6 +248,8 @@ def _steps(kernel: Contract) -> sympy.Expr:
 
 def _even(kernel: Contract) -> bool:
     depth, words = kernel.depth.size, words_of(kernel)
+    if blocks_of(kernel) is not None:
+        return False
     if words is None:
         return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
     return bool(depth == (GROUP if is_sparse(kernel) else WORD) * words and int(words) % EVEN_WORDS == 0)
@@ -339,7 +342,7 @@ def _print_section(
         section = _flat(section, own(f"column{suffix}"))
     epilogue = _section_tile(w, kernel, section, program, suffix)
     block = epilogue.dim("n").block
-    for a in section.accumulators:
+    for a in section.accumulators if blocks_of(kernel) is None else ():
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
     quads = form == "gemv" and quad_of(kernel) > 0
     if packing_of(kernel) is not None:
@@ -349,9 +352,14 @@ def _print_section(
         shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
         integers = sums_integers(kernel) and (quads or form == "dot")
         w.line(f"{spell(a.name)} = tl.zeros({shape}, {'tl.int32' if integers else 'tl.float32'})")
-    depth = indexed(_steps(kernel)) if kernel.experts is None else "depth_end"
-    with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
-        _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
+    if blocks_of(kernel) is not None:
+        native = torch.float32 if form == "gemv" else dot_dtype(kernel, section)
+        operand = partial(_print_operand, w, kernel, tile, native, form)
+        print_block_products(w, kernel, section, form, epilogue.dim("n"), native, operand)
+    else:
+        depth = indexed(_steps(kernel)) if kernel.experts is None else "depth_end"
+        with w.block(f"for start in range(0, {depth}, BLOCK_K)"):
+            _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
     for a in section.accumulators:
         if form == "gemv":
             coded = quads and not is_sparse(kernel)
@@ -537,7 +545,9 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         "experts": kernel.expert_count,
         "across": any(a.weight.k_stride != 1 for s in kernel.sections for a in s.accumulators),
     }
-    if words_of(kernel) is not None:
+    if blocks_of(kernel) is not None:
+        fields["together"] = sympy.Integer(columns_of_program(kernel))
+    if words_of(kernel) is not None or blocks_of(kernel) is not None:
         fields["bytes"] = sympy.Integer(kernel.operand_dtype.itemsize)
     if quad_of(kernel):
         fields["quad"] = sympy.Integer(quad_of(kernel))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
+from llmcomp.blocks import Blocks
 from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section, packing_of
 from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.codegen.triton_dynamic import sums_integers
@@ -45,9 +46,12 @@ def quad_of(kernel: Contract) -> int:
     """What 16 bytes of a weight row hold of what BLOCK_K counts, where the gemv form loads codes as quads; or 0."""
     if words_of(kernel) is not None:
         return 4
+    packing = packing_of(kernel)
+    if packing is None or isinstance(packing.format, Blocks):
+        return 0
     strides = {a.weight.row_stride for s in kernel.sections for a in s.accumulators}
     aligned = all(n.is_Integer and int(n) % 16 == 0 for n in strides)
-    return 16 if packing_of(kernel) is not None and aligned else 0
+    return 16 if aligned else 0
 
 
 def zero_masked(parts: Sequence[str]) -> list[str]:
