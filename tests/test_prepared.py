@@ -193,15 +193,34 @@ def test_reset_tells_of_writes_that_torch_does_not_count() -> None:
         assert_equal_float32(compiled(X), model(X))
 
 
-def test_what_is_prepared_is_neither_saved_nor_kept_for_old_weights() -> None:
+def test_what_is_prepared_is_neither_saved_nor_copied() -> None:
     model = pruned_mlp()
     plain = len(pickle.dumps(model))
     with torch.no_grad():
-        for _ in range(3):
+        torch.compile(model, backend="llmcomp")(X)
+    assert all(p.__dict__[STORE] for p in model.parameters())
+    assert len(pickle.dumps(model)) < plain + 2000
+    assert copy.deepcopy(model.up.weight.__dict__[STORE]) == {}
+
+
+def test_what_was_prepared_of_old_weights_is_not_kept() -> None:
+    model = pruned_mlp()
+    for first in (0, 8, 16):
+        with torch.no_grad():
+            model.load_state_dict(Mlp().state_dict())
+            drop(model, slice(first, first + 32))
             torch._dynamo.reset()
             torch.compile(model, backend="llmcomp")(X)
-            stores = [p.__dict__[STORE] for p in model.parameters() if STORE in p.__dict__]
-            model.up.weight.mul_(2)
-            counts = [len(store) for store in stores]
-    assert stores and max(counts) <= 2
-    assert len(pickle.dumps(model)) < plain + 2000
+        assert [len(p.__dict__[STORE]) for p in model.parameters()] == [1, 1, 1]
+
+
+def test_parts_of_one_weight_are_kept_beside_each_other() -> None:
+    first, second, shared = (nn.Linear(32, 32, bias=False) for _ in range(3))
+    with torch.no_grad():
+        first.weight[:16], second.weight[16:] = 0, 0
+        compiled = torch.compile(lambda x: shared(first(x).relu()) + shared(second(x).relu()), backend="llmcomp")
+        for _ in range(2):
+            expected = shared(first(X).relu()) + shared(second(X).relu())
+            assert_equal_float32(compiled(X), expected)
+            shared.weight.mul_(2)
+    assert len(shared.weight.__dict__[STORE]) == 2

@@ -24,7 +24,7 @@ def without_heads() -> torch.nn.Module:
 def check_saved(graphs: list[GraphReport], kind: str) -> None:
     """Every graph was rewritten so, and is made of kernels."""
     pruning = [r.report for g in graphs for r in g.passes if r.name == "prune"]
-    assert len(pruning) >= 2 and all([s.rewrite for s in report.savings] == [kind] for report in pruning), pruning
+    assert len(pruning) >= 2 and all(kind in [s.rewrite for s in report.savings] for report in pruning), pruning
     assert not [e for g in graphs for e in g.program.externs if not e.op.startswith("llmcomp.cache_")]
 
 
@@ -105,8 +105,10 @@ class Mixing(torch.nn.Module):
 
 
 @pytest.mark.parametrize("mix", ["add", "one", "gate"])
-def test_heads_without_values_count_where_something_is_added(mix: str) -> None:
+def test_heads_without_values_count_where_something_is_added(mix: str, graphs: list[GraphReport]) -> None:
     model = Mixing(mix).eval()
     x = torch.randn(1, 5, 256)
     with torch.no_grad():
         assert_equal_float32(torch.compile(model, backend="llmcomp")(x), model(x))
+    saved = [s.rewrite for g in graphs for r in g.passes for s in r.report.savings]
+    assert ("heads of attention" in saved) == (mix == "gate")

@@ -197,9 +197,28 @@ def test_pruned_weights_are_zero_before_any_step() -> None:
 
 
 def test_loading_by_assignment_goes_on_training() -> None:
-    model = layer()
+    model, other = layer(), layer()
     llmcomp.train_quantized_(model, "int4_g32")
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    trained = model[0].weight.detach().clone()
-    llmcomp.quantize_(model, "int4_g32")
-    assert torch.equal(model[0].weight.dequantize(), trained)
+    llmcomp.train_quantized_(other, "int4_g32")
+    other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    for one in (model, other):
+        torch.manual_seed(1)
+        train(one)
+    assert torch.equal(other.state_dict()["0.weight"], model.state_dict()["0.weight"])
+    used = other[0].weight.detach().clone()
+    llmcomp.quantize_(other, "int4_g32")
+    assert torch.equal(other[0].weight.dequantize(), used)
+
+
+def test_a_weight_that_is_assigned_to_two_layers_is_trained_once() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    llmcomp.train_quantized_(model, "int8")
+    shared = nn.Parameter(torch.randn(64, 64))
+    given = shared.detach().clone()
+    state = {"0.weight": shared, "1.weight": shared, "0.bias": torch.zeros(64), "1.bias": torch.zeros(64)}
+    model.load_state_dict(state, assign=True)
+    assert model[0].weight is model[1].weight
+    train(model, steps=2)
+    state = model.state_dict()
+    assert torch.equal(state["0.weight"], state["1.weight"])
+    assert 0 < float((state["0.weight"] - given).abs().max()) < 0.1
