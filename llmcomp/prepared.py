@@ -72,7 +72,7 @@ def weights_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
     `inputs` are those of the Dynamo graph. Empty where they can't be told apart, or hold hardly any zeros.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    flat = [part for x in inputs for part in _parts(x)]
+    flat = [part for x in inputs for part in parts_of(x)]
     if len(flat) != len(placeholders) or gm.meta.get("kind") != "inference":
         return {}
     found = {}
@@ -103,11 +103,11 @@ def _readable(value: Tensor) -> bool:
     return not (isinstance(value, FakeTensor) or value.is_meta or value.is_inference())
 
 
-def _parts(value: Any) -> list[Any]:
+def parts_of(value: Any) -> list[Any]:
     """The plain tensors of a tensor, as AOTAutograd hands them to a graph."""
     if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(value):
         return [value]
-    return [part for name in value.__tensor_flatten__()[0] for part in _parts(getattr(value, name))]
+    return [part for name in value.__tensor_flatten__()[0] for part in parts_of(getattr(value, name))]
 
 
 def snapshot(gm: GraphModule) -> GraphModule:

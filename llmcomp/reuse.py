@@ -32,6 +32,7 @@ from llmcomp.headroom import reserved
 from llmcomp.passes.cached_graph import insert_cache
 from llmcomp.passes.insert_kv_cache import Plan, lent, returned
 from llmcomp.prefix import common_prefix
+from llmcomp.prepared import parts_of
 from llmcomp.report import Program
 from llmcomp.verify import verify_results
 
@@ -343,7 +344,7 @@ def reset(model: nn.Module | None = None) -> None:
     """
     owners = None
     if model is not None:
-        tensors = (*model.parameters(), *model.buffers())
+        tensors = [t for whole in (*model.parameters(), *model.buffers()) for t in (whole, *parts_of(whole))]
         owners = frozenset(id(t) for t in tensors)
         for tensor in tensors:
             if not tensor.is_inference():

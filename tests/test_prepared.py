@@ -193,6 +193,18 @@ def test_reset_tells_of_writes_that_torch_does_not_count() -> None:
         assert_equal_float32(compiled(X), model(X))
 
 
+def test_reset_tells_of_writes_into_codes() -> None:
+    model = nn.Sequential(nn.Linear(128, 64)).requires_grad_(False)
+    llmcomp.prune_(model, "2:4")
+    llmcomp.quantize_(model, "int8")
+    compiled, x = torch.compile(model, backend="llmcomp"), torch.randn(1, 128)
+    compiled(x)
+    assert STORE in model[0].weight.codes.__dict__
+    model[0].weight.codes.data.neg_()
+    llmcomp.reset(model)
+    assert_equal_float32(compiled(x), model(x))
+
+
 def test_what_is_prepared_is_neither_saved_nor_copied() -> None:
     model = pruned_mlp()
     plain = len(pickle.dumps(model))
