@@ -32,12 +32,6 @@ INLINE T mask_at(const uint8_t* p) {
     return bits;
 }
 
-// A block of elements: those whose bits are set, in order, and `other` elsewhere.
-template <typename T>
-INLINE void expand_block(T* to, const uint8_t* masks, const T* kept, T other) {
-    for (int64_t i = 0; i < BLOCK; ++i) to[i] = masks[i / 8] >> i % 8 & 1 ? *kept++ : other;
-}
-
 #if LLMCOMP_EXPANDS
 struct Half {
     uint8_t bytes[32];
@@ -58,6 +52,17 @@ INLINE V expand_bytes(Wide kept, uint64_t bits, V other) {
     return other;
 }
 #endif
+
+// A block of bytes: those whose bits are set, in order, and `other` elsewhere.
+INLINE void expand_block(uint8_t* to, const uint8_t* masks, const uint8_t* kept, uint8_t other) {
+#if LLMCOMP_EXPANDS
+    const Wide others = Wide{} + other * 0x0101010101010101u;
+    for (int64_t i = 0; i < 2; ++i)
+        store(to + 64 * i, expand_bytes(twice(kept + 32 * i), mask_at<uint64_t>(masks + 8 * i), others));
+#else
+    for (int64_t i = 0; i < BLOCK; ++i) to[i] = masks[i / 8] >> i % 8 & 1 ? *kept++ : other;
+#endif
+}
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
@@ -95,6 +100,18 @@ struct SparseCodes : Dense {
     }
 };
 
+constexpr int64_t ALIKE = 32;  // neighbours along k that have one scale, in any format
+
+// Block `b` of a row of numbers times the scales of their groups. Behind the last group there are only zeros.
+template <int64_t GROUP, typename Scale>
+MEMBER void store_scaled(float* to, const int8_t* numbers, const Scale* scale, int64_t b, int64_t groups) {
+    for (int64_t i = 0; i < BLOCK; i += W) {
+        Vec v = micro::widen(numbers + i);
+        if constexpr (GROUP > 0) v *= splat(scale_of(scale[op::minimum((b * BLOCK + i) / GROUP, groups - 1)]));
+        store(to + i, v);
+    }
+}
+
 template <typename Scale, int64_t GROUP>
 struct SparseBytes : SparseCodes<SparseBytes<Scale, GROUP>, Bytes<int8_t, Scale, GROUP>> {
     static constexpr int64_t KEPT = BLOCK / 2, BYTES = MASKS + KEPT;
@@ -109,21 +126,16 @@ struct SparseBytes : SparseCodes<SparseBytes<Scale, GROUP>, Bytes<int8_t, Scale,
         for (int64_t i = 0; i < 2; ++i)
             run[i] = expand_bytes(twice(kept + 32 * i), mask_at<uint64_t>(masks + 8 * i), Run{}) ^ uint8_t(integers::SHIFT);
 #else
-        int8_t line[BLOCK];
-        expand_block(line, masks, (const int8_t*)kept, int8_t(0));
-        for (int64_t i = 0; i < BLOCK / ELEMENTS; ++i) run[i] = integers::codes(line + i * ELEMENTS);
+        uint8_t line[BLOCK];
+        expand_block(line, masks, kept, 0);
+        for (int64_t i = 0; i < BLOCK / ELEMENTS; ++i) run[i] = integers::codes((const int8_t*)line + i * ELEMENTS);
 #endif
     }
 
     MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
-        int8_t line[BLOCK];
-        expand_block(line, this->masks(n, b), (const int8_t*)this->kept(n, b, depth), int8_t(0));
-        for (int64_t i = 0; i < BLOCK; ++i) {
-            const int64_t k = b * BLOCK + i;
-            to[i] = k >= depth ? 0.0f : line[i];
-            if constexpr (GROUP > 0)
-                if (k < depth) to[i] *= scale_of(this->scale[n * this->ldg + k / (GROUP ? GROUP : 1)]);
-        }
+        uint8_t line[BLOCK];
+        expand_block(line, this->masks(n, b), this->kept(n, b, depth), 0);
+        store_scaled<GROUP>(to, (const int8_t*)line, this->scale + n * this->ldg, b, this->groups);
     }
 };
 
@@ -164,18 +176,21 @@ struct SparseNibbles : SparseCodes<SparseNibbles<Scale, GROUP, ZEROS, Kind>, Nib
         const uint8_t *const masks = this->masks(n, b), *const kept = this->kept(n, b, depth);
         uint8_t codes[BLOCK / 2];
         for (int64_t i = 0; i < BLOCK / 2; ++i) codes[i] = i < KEPT ? kept[i] & 15 : kept[i - KEPT] >> 4;
-        expand_block(to, masks, codes, uint8_t(255));
-        for (int64_t i = 0; i < BLOCK; ++i)
-            if (to[i] == 255) to[i] = nothing(n, b * BLOCK + i);
+        expand_block(to, masks, codes, 255);
+        for (int64_t i = 0; i < BLOCK; i += ALIKE) {
+            const uint8_t other = nothing(n, b * BLOCK + i);
+            for (int64_t j = i; j < i + ALIKE; ++j) to[j] = to[j] == 255 ? other : to[j];
+        }
     }
 
     MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
-        uint8_t codes[BLOCK];
-        codes_of(codes, n, b, depth);
-        for (int64_t i = 0; i < BLOCK; ++i) {
-            const int64_t k = b * BLOCK + i, g = n * this->ldg + k / GROUP;
-            to[i] = k >= depth ? 0.0f : (int(codes[i]) - int(nothing(n, k))) * scale_of(this->scale[g]);
+        uint8_t line[BLOCK];
+        codes_of(line, n, b, depth);
+        for (int64_t i = 0; i < BLOCK; i += ALIKE) {
+            const uint8_t other = nothing(n, b * BLOCK + i);
+            for (int64_t j = i; j < i + ALIKE; ++j) line[j] -= other;
         }
+        store_scaled<GROUP>(to, (const int8_t*)line, this->scale + n * this->ldg, b, this->groups);
     }
 };
 
@@ -271,7 +286,16 @@ struct TwoFour {
     MEMBER void floats(float* to, int64_t n, int64_t b, int64_t depth) const {
         bf16 block[BLOCK];
         const uint8_t* const row = codes + n * ld;
-        expand_block(block, row + b * MASKS, (const bf16*)(row + kept_at(depth) + b * KEPT), bf16{});
+        const uint8_t *const masks = row + b * MASKS, *const kept = row + kept_at(depth) + b * KEPT;
+#if LLMCOMP_EXPANDS
+        for (int64_t s = 0; s < BLOCK / STEP; ++s)
+            micro::store(block + s * STEP, expand((Bits)twice(kept + s * STEP), mask_at<uint32_t>(masks + 4 * s)));
+#else
+        for (int64_t i = 0, next = 0; i < BLOCK; ++i) {
+            const bool holds = masks[i / 8] >> i % 8 & 1;
+            block[i] = holds ? mask_at<bf16>(kept + 2 * next++) : bf16{};
+        }
+#endif
         for (int64_t i = 0; i < BLOCK; ++i) to[i] = block[i];
     }
 
