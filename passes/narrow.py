@@ -161,11 +161,7 @@ class Narrowing:
             raise Whole(f"{node.name} is not wanted head by head")
         q, k, v = (source(node, i) for i in range(3))
         per_head: list[Want] = [(q, slices)]
-        mask, sinks = node.args[3], node.args[4]
-        if isinstance(mask, Node) and val(mask).dim() == 4 and not same_size(val(mask).shape[1], 1):
-            per_head.append((mask, slices))
-        if isinstance(sinks, Node):
-            per_head.append((sinks, Slices(0, slices.kept)))
+        per_head += [(operand, Slices(axis, slices.kept)) for operand, axis in _per_head(node)]
         if node in self.runs:
             return per_head
         heads, groups = (val(x).shape[1] for x in (q, k))
@@ -324,6 +320,17 @@ def place_in_split(node: Node) -> tuple[Node, int, int, int] | None:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
+def _per_head(node: Node) -> list[tuple[Node, int]]:
+    """The mask and the sinks of attention where they differ from head to head, and the axis along which they do."""
+    mask, sinks = node.args[3:5]
+    found = [(sinks, 0)] if isinstance(sinks, Node) else []
+    if isinstance(mask, Node):
+        axis = val(mask).dim() - 3  # of (heads, queries, keys), which may lack the first
+        if axis >= 0 and not same_size(val(mask).shape[axis], 1):
+            found.append((mask, axis))
+    return found
+
+
 def _made_in_runs(node: Node, runs: Sequence[Run], smaller: Callable[[Node], Node]) -> Node:
     """Attention over parts of keys and values that stay as they are."""
     graph, parts, first = node.graph, [], 0
@@ -331,11 +338,9 @@ def _made_in_runs(node: Node, runs: Sequence[Run], smaller: Callable[[Node], Nod
     for run in runs:
         heads = (first, first + run.heads)
         k, v = (_cut(source(node, i), 1, run.start, run.end) for i in (1, 2))
-        per_head = []
-        for operand, dim in ((node.args[3], 1), (node.args[4], 0)):
-            few = smaller(operand) if isinstance(operand, Node) else None
-            per_head.append(_cut(few, dim, *heads) if few is not operand and few is not None else few)
-        part = insert(graph, ATTENTION, _cut(q, 1, *heads), k, v, *per_head, *node.args[5:], **node.kwargs)
+        cut = {operand: _cut(smaller(operand), axis, *heads) for operand, axis in _per_head(node)}
+        mask, sinks = (cut.get(n, n) if isinstance(n, Node) else n for n in node.args[3:5])
+        part = insert(graph, ATTENTION, _cut(q, 1, *heads), k, v, mask, sinks, *node.args[5:], **node.kwargs)
         parts.append(insert(graph, aten.transpose.int, part, 1, 2) if len(runs) > 1 else part)
         first = heads[1]
     if len(parts) == 1:

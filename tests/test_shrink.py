@@ -204,6 +204,30 @@ def test_a_mask_for_each_head_and_a_gate() -> None:
     assert report.rewrites == 1 and "attention: f64[1, 2, 5, 16]" in printed, report
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["operator", "torch"])
+@pytest.mark.parametrize("own", [True, False], ids=["own keys", "keys of a cache"])
+@pytest.mark.parametrize("dead", [(2, 3), (1,)], ids=["a group", "a head"])
+@pytest.mark.parametrize("lead", [(), (4,)], ids=str)
+def test_masks_of_any_rank(lead: tuple[int, ...], dead: tuple[int, ...], own: bool, ours: bool) -> None:
+    """Passes give our operator masks of four axes; it takes others too."""
+    model, mask = attention(dead=dead), torch.randn(*lead, 5, 5, dtype=torch.float64)
+    past = torch.randn(2, 1, 2, 5, 16, dtype=torch.float64).unbind()
+
+    def fn(x: Tensor, *past: Tensor, ours: bool = ours) -> Tensor:
+        q, *mine = (m(x).unflatten(-1, (-1, 16)).transpose(1, 2) for m in (model.q, model.k, model.v))
+        k, v = mine if own else past
+        if ours:
+            out = torch.ops.llmcomp.attention(q, k, v, mask, None, 0.25, False)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        return model.o(out.transpose(1, 2).flatten(2))
+
+    inputs = (X,) if own else (X, *past)
+    torch.testing.assert_close(fn(*inputs), fn(*inputs, ours=not ours))
+    _, report, _ = pruned(fn, inputs)
+    assert [s.rewrite for s in report.savings] == ["heads of attention"], report
+
+
 # ---- heads of models ------------------------------------------------------------------------------------------------
 
 SMALL = dict(
