@@ -6,7 +6,8 @@
     scattered zeros, 2:4                ->  compressed matrices: passes/compress.py
 
 What is computed of weights alone is marked, for llmcomp/prepared.py to compute when a weight has changed. Exact for the
-weights as they are; what the pass relied on is in `gm.meta["zero_facts"]`.
+weights as they are and finite operands (what is left out would give NaN where it meets NaN or infinity, and counts as
+zero); what the pass relied on is in `gm.meta["zero_facts"]`.
 """
 
 from collections.abc import Callable, Mapping

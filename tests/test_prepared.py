@@ -183,6 +183,16 @@ def test_dense_models_are_not_looked_at_twice() -> None:
     assert weights_of(gm, gm.meta["inputs"][:-1]) == {} and callable(backend)
 
 
+def test_what_is_left_out_meets_no_nan() -> None:
+    """The documented difference from eager, where zero times NaN is NaN."""
+    model = pruned_mlp()
+    expected = model(X).detach()
+    with torch.no_grad():
+        model.up.weight[:32] = torch.nan
+        assert bool(model(X).isnan().all())
+        assert_equal_float32(torch.compile(model, backend="llmcomp")(X), expected)
+
+
 def test_reset_tells_of_writes_that_torch_does_not_count() -> None:
     model = pruned_mlp()
     compiled = torch.compile(model, backend="llmcomp")
