@@ -151,6 +151,7 @@ class Product(NamedTuple):
     across: bool = False  # weights lie along the columns (K, N), not along the depth
     room: int = 64  # results for which a thread has registers, as far as what follows the products goes
     together: int = 128  # columns that a program may own
+    operands: int = 16  # numbers of a row of the operand that a quad meets, in registers
     quad: int = 0  # codes of weights that few rows meet in quads of words: how many of what `depth` counts these hold
 
 
@@ -177,7 +178,7 @@ def _gemv(shape: Product, block_k: int, elements: int, warps: int) -> Config:
 
 def _quads_gemv(shape: Product, block_quads: int, quads: int, warps: int) -> Config:
     """A thread holds `quads` of words of each step; columns share what is done for the operands of a quad."""
-    rows = min(power(-(-shape.rows // shape.experts)), 4)
+    rows = min(power(-(-shape.rows // shape.experts)), 64 // shape.operands)
     along = _units(shape, block_quads * shape.quad) // shape.quad
     warps = warps if shape.width else max(1, min(warps, along // 32))
     held = quads * 32 * warps // shape.parts

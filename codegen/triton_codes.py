@@ -235,7 +235,7 @@ def _spread(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor) -> tl.te
 
 
 @device
-def _scaled(numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, shifted: tl.constexpr) -> tl.tensor:
+def scaled(numbers: tl.tensor, scale: tl.tensor, zero: tl.tensor, shifted: tl.constexpr) -> tl.tensor:
     """(numbers - zero) * scale, where `scale` and `zero` [S, N] are those of 4 * W / S neighbours."""
     runs = tl.reshape(numbers, [scale.shape[0], numbers.shape[0] // scale.shape[0], numbers.shape[1]])
     if shifted:
@@ -256,7 +256,7 @@ def spread_integers(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale
     c1 = _as_float((words >> (4 * half + 8)) & 15)
     c2 = _as_float((words >> (4 * half + 16)) & 15)
     c3 = _as_float((words >> (4 * half + 24)) & 15)
-    return _scaled(_spread(c0, c1, c2, c3), scale, zero + 8388608.0, True)
+    return scaled(_spread(c0, c1, c2, c3), scale, zero + 8388608.0, True)
 
 
 @device
@@ -266,7 +266,7 @@ def spread_e2m1(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl
     c1 = _e2m1(words, 4 * half + 8)
     c2 = _e2m1(words, 4 * half + 16)
     c3 = _e2m1(words, 4 * half + 24)
-    return _scaled(_spread(c0, c1, c2, c3).to(tl.float32, bitcast=True) * 2.0**126, scale, zero, False)
+    return scaled(_spread(c0, c1, c2, c3).to(tl.float32, bitcast=True) * 2.0**126, scale, zero, False)
 
 
 @device
@@ -280,7 +280,7 @@ def spread_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.
     high = _small(words >> 16, NF4_HIGH)
     c2 = _as_float(_pair(low, high, half))
     c3 = _as_float(_pair(low, high, half + 2))
-    return _scaled(_spread(c0, c1, c2, c3), scale * NF4_STEP, zero + 8388608.0, True)
+    return scaled(_spread(c0, c1, c2, c3), scale * NF4_STEP, zero + 8388608.0, True)
 
 
 @device
@@ -290,7 +290,7 @@ def spread_exact_nf4(words: tl.tensor, half: tl.constexpr, zero: tl.tensor, scal
     c1 = (words >> (4 * half + 8)) & 15
     c2 = (words >> (4 * half + 16)) & 15
     c3 = (words >> (4 * half + 24)) & 15
-    return _scaled(nf4(_spread(c0, c1, c2, c3)), scale, zero, False)
+    return scaled(nf4(_spread(c0, c1, c2, c3)), scale, zero, False)
 
 
 # ---- 2:4 sparse weights: words of two bfloat16, and the masks of the groups of four that they are kept of ------------
@@ -312,21 +312,77 @@ def add_chosen(
 ) -> tl.tensor:
     """`acc` [M, N, Q] and the products of words [1, N, Q, 4] with the operands that `kept` [1, N, Q] chooses."""
     masks = kept.to(tl.int32)[:, :, :, None] >> (tl.arange(0, 4) * 4)[None, None, None, :]
-    x1, x2 = x1[:, None, :, :], x2[:, None, :, :]
-    first = tl.where((masks & 1) != 0, x0[:, None, :, :], tl.where((masks & 2) != 0, x1, x2))
-    second = tl.where((masks & 8) != 0, x3[:, None, :, :], tl.where((masks & 4) != 0, x2, x1))
+    first, second = _of_group(masks, x0, x1, x2, x3)
     return acc + tl.sum(first * _low(words) + second * _high(words), axis=3)
 
 
 @device
 def spread_kept(words: tl.tensor, masks: tl.tensor) -> tl.tensor:
     """Words [W, N] with the masks of their groups as float32 numbers [4 * W, N]."""
-    a, b = _low(words), _high(words)
+    w0, w1, w2, w3 = _placed(_low(words), _high(words), masks)
+    return _spread(w0, w1, w2, w3)
+
+
+@device
+def eighths(x: tl.tensor) -> tl.tensor:
+    """Operands [M, 32 * Q] as eight tiles [M, Q, 4], of which tile j belongs to column j of those of a word."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 32, 4, 2, 2, 2]))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@device
+def _of_group(masks: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """The two operands [M, N, Q, 4] out of four [M, Q, 4] that the low bits of `masks` [1, N, Q, 4] choose."""
+    x1, x2 = x1[:, None, :, :], x2[:, None, :, :]
+    first = tl.where((masks & 1) != 0, x0[:, None, :, :], tl.where((masks & 2) != 0, x1, x2))
+    second = tl.where((masks & 8) != 0, x3[:, None, :, :], tl.where((masks & 4) != 0, x2, x1))
+    return first, second
+
+
+@device
+def chosen_bytes(
+    words: tl.tensor, kept: tl.tensor, x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor,
+    x4: tl.tensor, x5: tl.tensor, x6: tl.tensor, x7: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The products [M, N, Q] of words [1, N, Q, 4] of signed bytes with the operands that `kept` [1, N, Q] chooses, in
+    units of the products. See `add_bytes`.
+    """
+    masks = kept[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]
+    words = words ^ -0x7F7F7F80
+    late = words >> 16
+    first, second = _of_group(masks, x0 * 2.0**75, x1 * 2.0**75, x2 * 2.0**75, x3 * 2.0**75)
+    part = first * _byte(words, 0) + second * (_byte(words, 8) * 2.0**-8)
+    first, second = _of_group(masks >> 4, x4 * 2.0**75, x5 * 2.0**75, x6 * 2.0**75, x7 * 2.0**75)
+    part += first * _byte(late, 0) + second * (_byte(late, 8) * 2.0**-8)
+    return tl.sum(part, axis=3)
+
+
+@device
+def spread_kept_bytes(words: tl.tensor, masks: tl.tensor) -> tl.tensor:
+    """Words [W, N] of signed bytes with the masks of their groups as float32 numbers [8 * W, N]."""
+    a, b = ((words << 24) >> 24).to(tl.float32), ((words << 16) >> 24).to(tl.float32)
+    c, d = ((words << 8) >> 24).to(tl.float32), (words >> 24).to(tl.float32)
+    w0, w1, w2, w3 = _placed(a, b, masks)
+    w4, w5, w6, w7 = _placed(c, d, masks >> 4)
+    even, odd = tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
+    tiles = tl.permute(tl.join(even, odd), [0, 2, 3, 4, 1])
+    return tl.reshape(tiles, [8 * words.shape[0], words.shape[1]])
+
+
+@device
+def _placed(a: tl.tensor, b: tl.tensor, masks: tl.tensor) -> tl.tensor:
+    """Two numbers as the four columns of a group, where the low bits of `masks` are set."""
     w0 = tl.where((masks & 1) != 0, a, 0.0)
     w1 = tl.where((masks & 2) != 0, tl.where((masks & 1) != 0, b, a), 0.0)
     w2 = tl.where((masks & 4) != 0, tl.where((masks & 8) != 0, a, b), 0.0)
     w3 = tl.where((masks & 8) != 0, b, 0.0)
-    return _spread(w0, w1, w2, w3)
+    return w0, w1, w2, w3
 
 
 # ---- operands that are quantized as well ----------------------------------------------------------------

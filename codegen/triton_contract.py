@@ -76,9 +76,11 @@ from llmcomp.codegen.triton_file import (
     unpack,
 )
 from llmcomp.codegen.triton_packed import (
-    WORD,
+    columns_of_word,
     gemv_total,
+    is_coded,
     is_sparse,
+    masks_of,
     print_codes_dot,
     print_quads,
     print_rows,
@@ -87,7 +89,7 @@ from llmcomp.codegen.triton_packed import (
     quad_of,
     words_of,
 )
-from llmcomp.codegen.triton_sparse import GROUP, print_chosen, print_spread_dot
+from llmcomp.codegen.triton_sparse import print_chosen, print_spread_dot
 
 # Up to this many rows (of one expert, on average) the gemv form is faster than padding to a tensor core tile.
 GEMV_ROWS = 4
@@ -252,7 +254,7 @@ def _even(kernel: Contract) -> bool:
         return False
     if words is None:
         return bool(depth.is_Integer and int(depth) % EVEN_DEPTH == 0)
-    return bool(depth == (GROUP if is_sparse(kernel) else WORD) * words and int(words) % EVEN_WORDS == 0)
+    return bool(depth == columns_of_word(kernel) * words and int(words) % EVEN_WORDS == 0)
 
 
 def _factor(expr: sympy.Expr) -> str:
@@ -346,8 +348,7 @@ def _print_section(
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
     quads = form == "gemv" and quad_of(kernel) > 0
     if packing_of(kernel) is not None:
-        masks = kernel.sections[0].accumulators[0].weight.row_stride / 9 if is_sparse(kernel) else None
-        print_rows(w, section, quads or words_of(kernel) is not None, masks)
+        print_rows(w, section, quads or words_of(kernel) is not None, masks_of(kernel))
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
         integers = sums_integers(kernel) and (quads or form == "dot")
@@ -362,8 +363,7 @@ def _print_section(
             _print_step(w, kernel, section, form, epilogue.dim("n"), tile)
     for a in section.accumulators:
         if form == "gemv":
-            coded = quads and not is_sparse(kernel)
-            total = gemv_total(kernel, a) if coded else f"tl.sum({spell(a.name)}, axis=2)"
+            total = gemv_total(kernel, a) if quads and is_coded(kernel) else f"tl.sum({spell(a.name)}, axis=2)"
             w.line(f"{spell(a.name)} = {total}")
         print_scaled_rows(w, kernel, a.name)
         epilogue.values[a.name] = Value(torch.float32, frozenset({"m", "n"}))
@@ -551,6 +551,8 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         fields["bytes"] = sympy.Integer(kernel.operand_dtype.itemsize)
     if quad_of(kernel):
         fields["quad"] = sympy.Integer(quad_of(kernel))
+    if is_sparse(kernel) and is_coded(kernel):
+        fields["operands"] = sympy.Integer(32)
     if (room := min(_room(s) for s in kernel.sections)) < ROOM:
         fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)

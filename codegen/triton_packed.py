@@ -19,27 +19,45 @@ from llmcomp.formats import Fp8, Int4, Int8, Mxfp4, Nf4
 from llmcomp.nibbles import BLOCK
 from llmcomp.two_four import TwoFour
 
-WORD = 8
-"""Codes of 4 bits in a word."""
 STREAMED = 'eviction_policy="evict_first"'
 RUN = BLOCK // 2
 """Codes that are neighbours along k in one half of neighbouring bytes."""
 
 
 def words_of(kernel: Contract) -> sympy.Expr | None:
-    """The words of a weight row, where they are of 4-bit codes, or of pairs that a 2:4 sparse matrix keeps."""
+    """The words of a weight row, where they are of 4-bit codes, or of what a 2:4 sparse matrix keeps."""
     packing = packing_of(kernel)
-    assert packing is None or not packing.format.two_four, "codes of 2:4 sparse weights are read by the CPU alone"
     row = kernel.sections[0].accumulators[0].weight.row_stride
     if packing is None or packing.format.bits == 8 and not is_sparse(kernel):
         return None
-    return sympy.expand(row * 2 / 9 if is_sparse(kernel) else row / 4)
+    return sympy.expand((row - masks_of(kernel)) / 4)
 
 
 def is_sparse(kernel: Contract) -> bool:
     """Whether weights are 2:4 sparse, and stored without zeros."""
     packing = packing_of(kernel)
-    return packing is not None and isinstance(packing.format, TwoFour)
+    return packing is not None and (packing.format.two_four or isinstance(packing.format, TwoFour))
+
+
+def is_coded(kernel: Contract) -> bool:
+    """Whether weights are codes of a format, and no numbers."""
+    packing = packing_of(kernel)
+    return packing is not None and not isinstance(packing.format, TwoFour | Blocks)
+
+
+def masks_of(kernel: Contract) -> sympy.Expr:
+    """The bytes of the masks of a weight row, of those 2:4 sparse: a bit for every column."""
+    packing = packing_of(kernel)
+    row = kernel.sections[0].accumulators[0].weight.row_stride
+    if packing is None or not is_sparse(kernel):
+        return sympy.Integer(0)
+    assert not packing.format.two_four or packing.format.bits == 8, "codes of 4 bits of 2:4 are read by the CPU alone"
+    return row / (5 if is_coded(kernel) else 9)
+
+
+def columns_of_word(kernel: Contract) -> int:
+    """Neighbours along k that a word stands for."""
+    return 8 if is_coded(kernel) else 4
 
 
 def quad_of(kernel: Contract) -> int:
@@ -63,12 +81,12 @@ def zero_masked(parts: Sequence[str]) -> list[str]:
 def print_sizes(w: Writer, kernel: Contract, form: str) -> None:
     """What follows from BLOCK_K, where it counts words, or codes that are loaded as quads."""
     if words_of(kernel) is not None:
-        w.line("HALF: tl.constexpr = BLOCK_K * 4")
+        w.line(f"HALF: tl.constexpr = BLOCK_K * {8 if is_sparse(kernel) and is_coded(kernel) else 4}")
     if form == "gemv" and quad_of(kernel):
         w.line(f"QUADS: tl.constexpr = BLOCK_K // {quad_of(kernel)}")
 
 
-def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr | None = None) -> None:
+def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr) -> None:
     """The rows of the weights of a program, by which scales are found; `words` start at `_rows`, as addresses, behind
     bytes of `masks` where there are some.
     """
@@ -77,7 +95,7 @@ def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr | Non
         for part, buffer in (("scale", packing.scale), ("zero", packing.zero)):
             if buffer is not None:
                 w.line(f"{name}_{part}_rows = {spell(buffer)} + ({indexed(a.row)}) * {indexed(packing.groups)}")
-        if masks is not None:
+        if masks != 0:
             w.line(f"{name}_masks = {name}_rows")
             w.line(f"{name}_rows = {name}_rows + {indexed(masks)}")
         if words:
@@ -172,13 +190,13 @@ def _add_scaled(w: Writer, kernel: Contract, section: Section, inside: str, even
     for a in section.accumulators:
         name, shift = spell(a.name), _shift(kernel, a)
         if group:
-            _load_scale(w, a, "[:, :, None]", f"(first // {group})[None, None, :]", masks)
+            load_scale(w, a, "[:, :, None]", f"(first // {group})[None, None, :]", masks)
         part = f"tl.sum({name}_part, axis=3)"
         part = f"({part} - sums * {shift})" if shift else part
-        w.line(f"{name} += {part} * {_scale(_packing(a), f'{name}_scale')}" if group else f"{name} += {part}")
+        w.line(f"{name} += {part} * {scale_text(_packing(a), f'{name}_scale')}" if group else f"{name} += {part}")
 
 
-def _load_scale(w: Writer, a: Accumulator, column: str, at: str, masks: Sequence[str]) -> None:
+def load_scale(w: Writer, a: Accumulator, column: str, at: str, masks: Sequence[str]) -> None:
     name, packing = spell(a.name), _packing(a)
     w.line(call(f"{name}_scale = tl.load", [f"{name}_scale_rows{column} + {at}", *zero_masked(masks)]))
     if packing.zero is not None:
@@ -239,9 +257,9 @@ def print_codes_dot(
         masks = [inside, "" if even else f"(first < {indexed(kernel.depth.size)})"]
         for a in section.accumulators:
             name = spell(a.name)
-            _load_scale(w, a, "", f"first // {group}", masks)
+            load_scale(w, a, "", f"first // {group}", masks)
             function = _adder(kernel, a).replace("add_", "spread_")
-            arguments = [f"{name}_words", "half", _shift(kernel, a) or "0.0", _scale(_packing(a), f"{name}_scale")]
+            arguments = [f"{name}_words", "half", _shift(kernel, a) or "0.0", scale_text(_packing(a), f"{name}_scale")]
             w.line(call(f"{name}_weight = codes.{function}", arguments))
             print_dot(w, name, x, f"{name}_weight", native)
 
@@ -253,7 +271,7 @@ def print_dot(w: Writer, name: str, x: str, weight: str, native: torch.dtype) ->
     w.line(f"{name} = prelude.dot({x}, {weight}, {name})")
 
 
-def _scale(packing: Packing, name: str) -> str:
+def scale_text(packing: Packing, name: str) -> str:
     return f"prelude.power_of_two({name})" if isinstance(packing.format, Mxfp4) else f"{name}.to(tl.float32)"
 
 
@@ -268,5 +286,5 @@ def print_scaled(w: Writer, a: Accumulator, weight: str, k: str, form: str, mask
     lane, column = ("[:, None, :]", "[:, :, None]") if form == "gemv" else ("[:, None]", "")
     at = f"{name}_scale_rows{column} + ({k} // {packing.format.group}){lane}"
     w.line(call(f"{name}_scale = tl.load", [at, *zero_masked(masks)]))
-    w.line(f"{name}_scaled = {weight} * {_scale(packing, f'{name}_scale')}")
+    w.line(f"{name}_scaled = {weight} * {scale_text(packing, f'{name}_scale')}")
     return f"{name}_scaled"

@@ -175,7 +175,7 @@ def share_of_coded_zeros(form: Format, codes: Tensor, scale: Tensor, zero: Tenso
 def _codes_stay_dense(node: Node, form: Format, packs: bool) -> str | None:
     """Why a layer reads all of its codes, or None."""
     if not packs:
-        return "no kernel of this target expands them"
+        return UNKNOWN
     if form.bits == 4:
         return "to find out where codes of 4 bits belong takes as long as to read the others"
     if (rows := volume(val(operand_of(node)).shape[:-1])) > MOST_ROWS_OF_CODES:

@@ -58,6 +58,7 @@ LINES_OF_FILE = 450
 LINES_OF_FUNCTION = 60
 LONG = {
     "llmcomp.codegen.triton_prelude": "device functions, one after another",
+    "llmcomp.codegen.triton_codes": "device functions, one after another",
     "llmcomp.codegen.triton_attend": "the prefill, decode and combine skeletons of one family",
     "llmcomp.codegen.triton_contract": "the decode and the tile skeletons of one family",
     "llmcomp.pointwise.table": "a table",

@@ -6,11 +6,23 @@ import pytest
 import sympy
 import torch
 
-from llmcomp.blocks import Blocks, pack, room
-from llmcomp.codegen.kernel import Accumulator, Compute, Contract, Reduce, Section, Statement, Store
+from llmcomp.blocks import ENTRY, Blocks, pack, room
+from llmcomp.codegen.kernel import (
+    Accumulator,
+    Buffer,
+    Compute,
+    Contract,
+    Packing,
+    Reduce,
+    Section,
+    Statement,
+    Store,
+    Weight,
+)
 from llmcomp.codegen.triton import render
 from tests.numerics import assert_equal_float32, assert_no_worse
 from tests.test_assemble import assemblies
+from tests.test_triton_contract import gated, qkv
 from tests.triton_kernels import axis, load, run, symbol
 from tests.triton_worker import assembled, interpreted
 from tests.two_four_kernels import BF16, F32, block_linear, block_weight
@@ -93,3 +105,30 @@ def test_decode_streams_what_is_kept_in_loads_of_16_bytes(height: int, width: in
 def test_prefill_multiplies_on_tensor_cores(height: int, width: int, capability: int, instruction: str) -> None:
     (one,) = assemblies(block_linear(S0, 2048, 2048, Blocks(height=height, width=width)), (512,), capability)
     assert any(op.startswith(instruction) for op in one.instructions) and one.spills == 0
+
+
+def with_blocks(kernel: Contract, form: Blocks) -> Contract:
+    """The kernel with weights of the same shapes in blocks."""
+    buffers = {b.name: b for b in kernel.buffers}
+
+    def stored(a: Accumulator) -> Accumulator:
+        buffers[a.weight.buffer] = Buffer(a.weight.buffer, torch.uint8)
+        weight = Weight(a.weight.buffer, sympy.Integer(ENTRY), sympy.Integer(1), packing=Packing(form))
+        return replace(a, weight=weight)
+
+    sections = tuple(replace(s, accumulators=tuple(map(stored, s.accumulators))) for s in kernel.sections)
+    return replace(kernel, buffers=tuple(buffers.values()), sections=sections)
+
+
+@assembled
+@pytest.mark.parametrize("capability", [80, 90])
+def test_layers_of_a_model(capability: int) -> None:
+    """Norms in front of them, rotated heads and gates behind them, one to many rows."""
+    form = Blocks(height=32, width=32)
+    decode = [(with_blocks(qkv(1, 2048, 32, 8, 64, BF16, normed), form), ()) for normed in (True, False)]
+    gate = with_blocks(gated(S0, 2048, 8192, BF16), form)
+    for kernel, sizes in [*decode, (gate, (1,)), (gate, (4,))]:
+        (one,) = assemblies(kernel, sizes, capability)
+        assert one.narrowest_streamed_load == 16
+    (one,) = assemblies(gate, (512,), capability)
+    assert one.tensor_core_instructions > 0
