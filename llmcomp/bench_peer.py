@@ -32,7 +32,7 @@ from llmcomp.bench_steps import Steps
 from llmcomp.masks import release
 from llmcomp.pruning import prune_
 from llmcomp.quantization import quantize_
-from llmcomp.sparsity import Structured
+from llmcomp.sparsity import NM, Block, Sparsity, Structured
 
 MARK = "bench:"
 
@@ -47,7 +47,7 @@ class Peer:
     static: bool = False  # a static cache, for which transformers compiles decoding itself
     weights: str = ""  # a format of ours for the weights, or (with another backend) the name of a config of torchao's
     environment: Mapping[str, str] = field(default_factory=dict)
-    pruned: str = ""  # a name that prune_ knows, or "channels": a quarter of those of the MLPs
+    pruned: Sparsity | None = None
 
 
 # Inductor's programmatic dependent launch; torch reads it when it starts.
@@ -81,9 +81,12 @@ PEERS = {
     "llmcomp-int4": Peer("llmcomp", weights="int4"),
     "llmcomp-int4_g32": Peer("llmcomp", weights="int4_g32"),
     "llmcomp-nf4": Peer("llmcomp", weights="nf4"),
-    "llmcomp-2:4": Peer("llmcomp", pruned="2:4"),
-    "llmcomp-channels": Peer("llmcomp", pruned="channels"),
-    "eager-2:4": Peer(None, pruned="2:4"),
+    "llmcomp-2:4": Peer("llmcomp", pruned=NM(2, 4)),
+    "llmcomp-int8-2:4": Peer("llmcomp", pruned=NM(2, 4), weights="int8"),
+    "llmcomp-channels": Peer("llmcomp", pruned=Structured(channels=0.25)),
+    "llmcomp-channels-50": Peer("llmcomp", pruned=Structured(channels=0.5)),
+    "llmcomp-blocks": Peer("llmcomp", pruned=Block(0.5, 32, 32)),
+    "eager-2:4": Peer(None, pruned=NM(2, 4)),
     "torchao-int8": Peer("inductor", weights="Int8WeightOnlyConfig", environment=FREEZING),
     "llama.cpp-q8_0": Peer("llama.cpp", weights="Q8_0"),
     "llama.cpp-q4_0": Peer("llama.cpp", weights="Q4_0"),
@@ -188,14 +191,16 @@ def commands() -> Iterator[dict[str, Any]]:
 
 
 def quantize_one(peer: Peer, model: Any, weight: Tensor) -> None:
-    """Quantize a weight as ours are: one by one, while they are loaded."""
-    if peer.weights and peer.backend == "llmcomp":
+    """Quantize a weight as ours are: one by one, while they are loaded; those that are pruned are so before."""
+    if peer.weights and peer.backend == "llmcomp" and not peer.pruned:
         quantize_(model, peer.weights, lambda other: other is weight)
 
 
 def quantize(model: Any, peer: Peer) -> None:
-    """Quantize the weights of the model as the others do it."""
+    """Quantize the weights of a pruned model, or as the others do it."""
     if not peer.weights or peer.backend == "llmcomp":
+        if peer.weights and peer.pruned:
+            quantize_(model, peer.weights)
         return
     torchao: Any = importlib.import_module("torchao.quantization")
     torchao.quantize_(model, getattr(torchao, peer.weights)())
@@ -204,7 +209,7 @@ def quantize(model: Any, peer: Peer) -> None:
 def prune(model: Any, peer: Peer) -> None:
     """Prune the weights of the model as the peer has it."""
     if peer.pruned:
-        prune_(model, Structured(channels=0.25) if peer.pruned == "channels" else peer.pruned)
+        prune_(model, peer.pruned)
         release(model)  # nothing is trained, and masks take memory
 
 
