@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcomp.blocks import HEIGHTS, WIDTHS, Blocks, kept
+from llmcomp.blocks import HEIGHTS, WIDTHS, Blocks, kept, merged
 
+SAMPLE = 64  # rows that are looked at first
 NOTABLE = 0.25  # blocks that are zero: below, nothing is said of them
 DTYPES = (torch.bfloat16, torch.float32)
 SLOWER = {1: 1.1, 8: 1.02}  # bytes of blocks that are so high count for more, where others would do
@@ -46,8 +47,10 @@ class Found:
 
 def find_blocks(value: Tensor) -> Found | None:
     """The blocks in which most of a matrix (N, K) is zero; None where that is less than NOTABLE of it in any."""
-    found = [f for f in _forms(value) if f.zeros >= NOTABLE]
-    return min(found, key=lambda f: _cost(f, value.itemsize)) if found else None
+    some = value[:: max(1, value.shape[0] // SAMPLE)]
+    if 1 - float(kept(some, 1, WIDTHS[0]).float().mean()) < NOTABLE:
+        return None
+    return min(_forms(value), key=lambda f: _cost(f, value.itemsize), default=None)
 
 
 def _cost(found: Found, itemsize: int) -> float:
@@ -56,12 +59,17 @@ def _cost(found: Found, itemsize: int) -> float:
 
 
 def _forms(value: Tensor) -> Iterator[Found]:
-    """All forms of blocks, from small to large as long as some are zero: larger ones hold no other zeros."""
-    smallest = kept(value, 1, WIDTHS[0])
+    """The forms of blocks of which some are zero, with that part: where none is, none of larger ones is."""
+    rows, columns = value.shape
+    narrow = kept(value, 1, WIDTHS[0])
+    room = (0, -narrow.shape[1] % (WIDTHS[-1] // WIDTHS[0]), 0, -rows % HEIGHTS[-1])
+    narrow, before = torch.nn.functional.pad(narrow, room) if any(room) else narrow, WIDTHS[0]
     for width in WIDTHS:
-        some = kept(smallest, 1, width // WIDTHS[0])
+        narrow, before = merged(narrow, 1, width // before), width
+        some, low = narrow, HEIGHTS[0]
         for height in HEIGHTS:
-            zeros = 1 - float(kept(some, height, 1).float().mean())
+            some, low = merged(some, height // low, 1), height
+            zeros = 1 - int(some.sum()) / (-(-rows // height) * -(-columns // width))
             if zeros < NOTABLE:
                 break
             yield Found(Blocks(height=height, width=width), zeros)
