@@ -2,13 +2,15 @@
 
     weight            holds what the format makes of the latent value: forward and backward see that
     optimizer.step()  updates the latent value, with the gradient of the weight as its own; then the weight follows
+    ... (closure)     sees what the format makes of the latent values that the optimizer tries
 
 The gradient passes rounding as if it were not there (Bengio et al. 2013, arXiv:1308.3432). Nothing is added to the
 graph, and what is written into a weight becomes its latent value at the next step. `state_dict` has the latent values,
 from which quantizing makes what was trained with; loading one makes them latent. Masks of llmcomp/masks.py hold too.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -22,6 +24,7 @@ from llmcomp.masks import held
 from llmcomp.quantized import QuantizedTensor
 
 LATENT = "_llmcomp_latent"
+Closure = Callable[[], Any]
 
 
 class Latent:
@@ -31,6 +34,7 @@ class Latent:
         _install()
         self.parameter, self.format, self.transposed = parameter, format, transposed
         self.values = parameter.detach().clone() if values is None else values
+        self._stepper: weakref.ref[torch.optim.Optimizer] | None = None
         setattr(parameter, LATENT, self)
         self._use()
 
@@ -43,6 +47,11 @@ class Latent:
         self.parameter.copy_(self.rounded())
         self._version = self.parameter._version
 
+    @property
+    def stepper(self) -> torch.optim.Optimizer | None:
+        """The optimizer that is taking a step: the parameter holds the latent values."""
+        return None if self._stepper is None else self._stepper()
+
     @torch.no_grad()
     def current(self) -> Tensor:
         """The latent values, those among them that others wrote into the parameter since."""
@@ -54,10 +63,12 @@ class Latent:
         return values if mask is None else values.masked_fill(~mask.mask.to(values.device), 0)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put the latent values into the parameter."""
-        self.values = self.current()
-        self.parameter.copy_(self.values)
+    def lend(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the latent values into the parameter, for a step."""
+        if self.stepper is None:
+            self.values = self.current()
+            self.parameter.copy_(self.values)
+            self._stepper = weakref.ref(optimizer)
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -65,6 +76,7 @@ class Latent:
         if (mask := held(self.parameter)) is not None:
             mask.apply()
         self.values = self.parameter.detach().clone()
+        self._stepper = None
         self._use()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Latent":
@@ -128,14 +140,40 @@ def _install() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for latent in _of(optimizer):
-        latent.restore()
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    latents = _of(optimizer)
+    for latent in latents:
+        latent.lend(optimizer)
+    if not latents:
+        return None
+    if len(args) > 1 and args[1] is not None:  # after the optimizer itself
+        return (args[0], _evaluating(args[1], latents), *args[2:]), kwargs
+    if kwargs.get("closure") is not None:
+        return args, kwargs | {"closure": _evaluating(kwargs["closure"], latents)}
+    return None
+
+
+def _evaluating(closure: Closure, latents: Sequence[Latent]) -> Closure:
+    """A closure that finds in the parameters what formats make of what an optimizer put there."""
+
+    def evaluate() -> Any:
+        lent = [(latent, optimizer) for latent in latents if (optimizer := latent.stepper) is not None]
+        for latent, _ in lent:
+            latent.follow()
+        try:
+            return closure()
+        finally:
+            for latent, optimizer in lent:
+                latent.lend(optimizer)
+
+    return evaluate
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for latent in _of(optimizer):
-        latent.follow()
+        if latent.stepper is None or latent.stepper is optimizer:  # else this step is a part of another's
+            latent.lend(optimizer)
+            latent.follow()
 
 
 def _of(optimizer: torch.optim.Optimizer) -> list[Latent]:

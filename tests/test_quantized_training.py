@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,95 @@ def test_small_steps_add_up() -> None:
     assert float((model[0].weight != before).float().mean()) > 0.5
 
 
+class Straight(nn.Module):
+    """Straight-through rounding as a parametrization, which keeps the floats and rounds in every forward."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rounded = Int4(32).dequantize(Int4(32).quantize(weight.detach()), weight.shape[1], torch.float32)
+        return rounded + (weight - weight.detach())
+
+
+class Twice(torch.optim.SGD):
+    """Takes two steps of its parent."""
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        super().step(closure)
+        return super().step(closure)
+
+
+class Ahead(torch.optim.Optimizer):
+    """Lookahead (arXiv:1907.08610) with a step of SGD, then half of the way back."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.inner = torch.optim.SGD(self.param_groups[0]["params"], 0.01)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        slow = [p.clone() for p in self.param_groups[0]["params"]]
+        loss = self.inner.step(closure)
+        for p, start in zip(self.param_groups[0]["params"], slow, strict=True):
+            p.copy_((p + start) / 2)
+        return loss
+
+
+STEPPERS: list[Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = [
+    lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    lambda p: torch.optim.LBFGS(p, 0.1, max_iter=4),
+    lambda p: torch.optim.LBFGS(p, max_iter=4, line_search_fn="strong_wolfe"),
+    lambda p: Twice(p, 0.01),
+    Ahead,
+]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("make", STEPPERS)
+def test_optimizers_with_a_closure(make: Callable[..., torch.optim.Optimizer], named: bool) -> None:
+    """Whatever they try is rounded where the closure reads it, and what they step from is not."""
+    x, y = torch.randn(64, 64), torch.randn(64, 16)
+    ours, plain = layer(), layer()
+    plain.load_state_dict(ours.state_dict())
+    llmcomp.train_quantized_(ours, "int4_g32")
+    nn.utils.parametrize.register_parametrization(plain[0], "weight", Straight())
+    torch.optim.SGD(plain.parameters())  # from here on torch tells of its steps, those within another's among them
+    losses: list[list[float]] = []
+    for model, weight in ((ours, ours[0].weight), (plain, plain[0].parametrizations.weight.original)):
+        optimizer, seen = make([weight, model[0].bias]), list[float]()
+
+        def closure(model: nn.Module = model, seen: list[float] = seen) -> Tensor:
+            model.zero_grad()
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            seen.append(loss.item())
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure=closure) if named else optimizer.step(closure)
+        losses.append(seen)
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    assert torch.equal(ours.state_dict()["0.weight"], plain[0].parametrizations.weight.original)
+    assert torch.equal(ours[0].weight, plain[0].weight)
+
+
+def test_a_step_that_fails_loses_nothing() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    before = model.state_dict()["0.weight"].clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+
+    def closure() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert torch.equal(model.state_dict()["0.weight"], before)
+    train(model)
+    optimizer.step()
+    latent = latent_of(model[0].weight)
+    assert latent is not None and torch.equal(model[0].weight, latent.rounded())
+    assert not torch.equal(model.state_dict()["0.weight"], before)
+
+
 @pytest.mark.parametrize("first", ["prune", "quantize"])
 def test_with_masks(first: str) -> None:
     model = layer()
@@ -87,6 +177,20 @@ def test_with_masks(first: str) -> None:
     assert int(gone.sum()) == 64 * 16 // 2 and not bool(model[0].weight[gone].any())
     llmcomp.quantize_(model, "int4_g32")
     assert int((model[0].weight.dequantize().view(-1, 4) == 0).sum(1).min()) == 2
+
+
+def test_momentum_of_before_a_mask_changes_no_scale() -> None:
+    model = layer()
+    llmcomp.train_quantized_(model, "int4_g32")
+    llmcomp.prune_(model, "2:4")
+    weight = model[0].weight
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    optimizer.state[weight]["momentum_buffer"] = torch.randn(16, 64)
+    weight.grad = torch.zeros(16, 64)
+    optimizer.step()
+    used = weight.detach().clone()
+    llmcomp.quantize_(model, "int4_g32")
+    assert torch.equal(model[0].weight.dequantize(), used)
 
 
 def test_what_others_write_is_trained_on() -> None:
