@@ -267,12 +267,18 @@ def _bytes(weight: torch.Tensor) -> int:
     return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])  # type: ignore[attr-defined]
 
 
-def _apply(site: Site, form: Format | None, reason: str) -> Row:
+def left_alone(site: Site, reason: str) -> Row:
+    """What is told of a weight that stays as it is."""
     if isinstance(site.weight, UninitializedParameter):
         return Row(site.name, (), None, reason, 0, 0)
-    before = _bytes(site.weight)
+    bytes = _bytes(site.weight)
+    return Row(site.name, tuple(site.weight.shape), None, reason, bytes, bytes)
+
+
+def _apply(site: Site, form: Format | None, reason: str) -> Row:
     if form is None:
-        return Row(site.name, tuple(site.weight.shape), None, reason, before, before)
+        return left_alone(site, reason)
+    before = _bytes(site.weight)
     if is_torchao(site.weight):
         read = repacked(site.weight)
         weight = site.weight

@@ -8,9 +8,11 @@ llmcomp.quantize_(model, "int4_g32")            # exactly the values that it was
 from torch import nn
 
 from llmcomp.errors import OptionError
-from llmcomp.formats import packed_bytes
+from llmcomp.formats import Format, packed_bytes
 from llmcomp.latents import train_latent
-from llmcomp.quantization import Quantization, Row, Spec, check_site, planned
+from llmcomp.quantization import Quantization, Row, Spec, check_site, left_alone, planned
+from llmcomp.sites import Site
+from llmcomp.torchao_weights import is_torchao
 
 
 def train_quantized_(model: nn.Module, spec: Spec) -> Quantization:
@@ -24,17 +26,23 @@ def train_quantized_(model: nn.Module, spec: Spec) -> Quantization:
             quantized, which training does not do.
         FormatError: as `quantize_`. The model is then as it was.
     """
-    plans = planned(model, spec)
+    plans = [_trainable(*plan) for plan in planned(model, spec)]
     for site, form, _ in plans:
         if form is not None and form.dynamic:
             raise OptionError(f"expected a format of weights to train in, found {form}: train in {form.stem}")
         if form is not None:
             check_site(site, form)
-    rows = []
-    for site, form, reason in plans:
-        before = after = site.weight.nbytes
-        if form is not None:
-            train_latent(site.holders, form, site.transposed)
-            after = packed_bytes(form, site.matrix.shape)
-        rows.append(Row(site.name, tuple(site.weight.shape), form, reason, before, after))
-    return Quantization(tuple(rows))
+    return Quantization(tuple(_train(*plan) for plan in plans))
+
+
+def _trainable(site: Site, form: Format | None, reason: str) -> tuple[Site, Format | None, str]:
+    if form is not None and is_torchao(site.weight):
+        return site, None, "torchao quantized it"
+    return site, form, reason
+
+
+def _train(site: Site, form: Format | None, reason: str) -> Row:
+    if form is None:
+        return left_alone(site, reason)
+    train_latent(site.holders, form, site.transposed)
+    return Row(site.name, tuple(site.weight.shape), form, "", site.weight.nbytes, packed_bytes(form, site.matrix.shape))

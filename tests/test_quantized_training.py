@@ -256,6 +256,13 @@ def test_explaining_with_other_weights_leaves_the_training_alone() -> None:
     assert torch.equal(model.state_dict()["0.weight"], before) and not torch.equal(model[0].weight, before)
 
 
+def test_what_cannot_be_trained_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 16), nn.LazyLinear(8))
+    told = llmcomp.train_quantized_(model, "int4_g32")
+    assert [r.name for r in told.quantized] == ["0"] and ["group" in r.reason for r in told.left] == [True, False]
+    assert told.left[0].bytes_after == told.left[0].bytes_before == 60 * 16 * 4 and told.left[1].shape == ()
+
+
 def test_bad_input() -> None:
     model = layer()
     before = model[0].weight.detach().clone()

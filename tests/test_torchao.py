@@ -88,3 +88,10 @@ def test_the_option_repacks_too() -> None:
     fast = torch.compile(model, backend="llmcomp", options={"weights": "int4"})
     assert close(outputs(fast, torch.float32), eager, torch.float32)
     assert str(model[0].weight.format) == "int8"
+
+
+def test_they_are_not_trained() -> None:
+    model = quantized("int8", torch.float32)
+    before = model[0].weight
+    (told, _) = llmcomp.train_quantized_(model, "int8").left
+    assert "torchao" in told.reason and model[0].weight is before
