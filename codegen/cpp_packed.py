@@ -11,6 +11,9 @@ from llmcomp.formats import Format, Int4, Mxfp4
 from llmcomp.masked import Masked
 from llmcomp.two_four import TwoFour
 
+LIBRARY_ROWS = 16  # from more on the library multiplies, where it has units for matrices many times as fast
+MANY = 2**31
+
 
 def header(packing: Packing | None) -> str:
     """The header that a kernel of such weights builds on."""
@@ -27,6 +30,14 @@ def expands() -> bool:
     """Whether this machine expands 2:4 sparse weights in one instruction, and multiplies them in another."""
     features = cpu_features().split()
     return "avx512_vbmi2" in features and "avx512_bf16" in features
+
+
+def skipping() -> int:
+    """Up to how many rows of an operand kernels skip blocks of zeros faster than matrices are multiplied whole."""
+    features = cpu_features().split()
+    if "avx2" not in features:
+        return 0  # not measured
+    return LIBRARY_ROWS if "amx_bf16" in features else MANY
 
 
 def operand_type(kernel: Contract, packing: Packing) -> str:

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from llmcomp import bisect, compat, debug, integrate, verify
 from llmcomp.cache_ops import KV_DTYPES
 from llmcomp.capture import capture_graph
-from llmcomp.codegen.cpp_packed import expands
+from llmcomp.codegen.cpp_packed import expands, skipping
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.cuda_graph import GraphedProgram
 from llmcomp.options import Options, read_options
@@ -142,8 +142,8 @@ def compile_pruned(
     target = usable(detect(options, devices(gm.graph)), options)
     if target.name == "reference":
         return None, ()
-    packs = target.name == "cpp" and expands()
-    less, passes = snapshot(gm), (*recognizing(), prune(weights, packs))
+    packs, skips = (expands(), skipping()) if target.name == "cpp" else (False, 0)
+    less, passes = snapshot(gm), (*recognizing(), prune(weights, packs, skips))
     kept = verify.Stages(less) if options.verify else None
     watch = kept.after_pass if kept is not None else lambda p, gm, result: None
     results = run_passes(less, passes, frozenset({SHAPES}), bisect.gate(less, passes), watch)

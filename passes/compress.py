@@ -43,10 +43,11 @@ PACK_BLOCKS = torch.ops.llmcomp.pack_blocks.default
 PACK = torch.ops.llmcomp.pack_two_four.default
 
 
-def compress(graph: Graph, values: Values, packs: bool, report: Report) -> None:
+def compress(graph: Graph, values: Values, packs: bool, skips: int, report: Report) -> None:
     """Rewrite the linear layers of a graph whose weights have these values.
 
-    `packs`: kernels read 2:4 sparse weights faster than dense ones.
+    `packs`: kernels read 2:4 sparse weights faster than dense ones; `skips`: they skip blocks of zeros, faster too,
+    for up to so many rows.
     """
     for node in list(graph.find_nodes(op="call_function", target=LINEAR)):
         weight = node.args[1]
@@ -54,7 +55,7 @@ def compress(graph: Graph, values: Values, packs: bool, report: Report) -> None:
         if weight.target is DEQUANTIZE:
             _decide_codes(node, weight, values, packs, report)
         elif (value := values.of(weight)) is not None and value.dim() == 2:
-            _decide(node, weight, value, packs, report)
+            _decide(node, weight, value, packs, skips, report)
 
 
 def _prepared(node: Node, packing: OpOverload, *args: Argument) -> Node:
@@ -68,7 +69,7 @@ def _prepared(node: Node, packing: OpOverload, *args: Argument) -> Node:
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def _decide(node: Node, weight: Node, value: Tensor, packs: bool, report: Report) -> None:
+def _decide(node: Node, weight: Node, value: Tensor, packs: bool, skips: int, report: Report) -> None:
     """Store the weight of a layer, which has this value, without its zeros; or say why it is read whole."""
     if (share := share_of_zeros(value)) < NOTABLE:
         return
@@ -76,7 +77,7 @@ def _decide(node: Node, weight: Node, value: Tensor, packs: bool, report: Report
     many = share >= FEWEST
     two_four = many and is_two_four(value)
     found = None if transposed else find_blocks(value)
-    blocks_reason = None if found is None else _blocks_stay_dense(node, found, packs)
+    blocks_reason = None if found is None else _blocks_stay_dense(node, found, skips)
     otherwise = (1.125 if two_four else 0.125 + 2 * (1 - share)) if many and reason is None else math.inf
     if found is not None and blocks_reason is None and found.bytes_of_weight(value.itemsize) < otherwise:
         _keep_blocks(node, weight, value, found.form)
@@ -102,14 +103,17 @@ def _keep_blocks(node: Node, weight: Node, value: Tensor, form: Blocks) -> None:
     replace_by(node, BLOCKS, operand_of(node), codes, bias_of(node), value.shape[0], *size)
 
 
-def _blocks_stay_dense(node: Node, found: Found, packs: bool) -> str | None:
+def _blocks_stay_dense(node: Node, found: Found, skips: int) -> str | None:
     """Why a layer reads all blocks of its weight, or None."""
     dtypes = {val(operand_of(node)).dtype, val(source(node, 1)).dtype}
-    if not packs:
+    rows = volume(val(operand_of(node)).shape[:-1])
+    if not skips:
         return UNKNOWN
+    if rows > skips:
+        return f"{rows} rows meet them, and above {skips} the library may be faster"
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return "they are left out in bfloat16 and float32, where the operand has the same"
-    return found.stays_dense(volume(val(operand_of(node)).shape[:-1]))
+    return found.stays_dense(rows)
 
 
 def _stays_dense(node: Node, packs: bool) -> str | None:

@@ -3,7 +3,7 @@
     mul(weight, mask)                   ->  the same, computed once and not in every call
     add(residual, linear(x, zeros))     ->  residual
     channels and heads that don't count ->  smaller matrices, and less of what lies between: passes/shrink.py
-    scattered zeros, 2:4                ->  compressed matrices: passes/compress.py
+    blocks of zeros, 2:4, scattered     ->  compressed matrices: passes/compress.py
 
 What is computed of weights alone is marked, for llmcomp/prepared.py to compute when a weight has changed. Exact for the
 weights as they are and finite operands (what is left out would give NaN where it meets NaN or infinity, and counts as
@@ -30,10 +30,11 @@ aten = torch.ops.aten
 FACTS = "zero_facts"
 
 
-def prune(weights: Mapping[str, Tensor], packs: bool = False) -> Pass:
+def prune(weights: Mapping[str, Tensor], packs: bool = False, skips: int = 0) -> Pass:
     """The pass for a graph whose parameters have these values, by the names of their placeholders.
 
-    `packs`: kernels read 2:4 sparse weights faster than dense ones.
+    `packs`: kernels read 2:4 sparse weights faster than dense ones; `skips`: they skip blocks of zeros, faster too,
+    for up to so many rows of the operand.
     """
 
     def run(graph: Graph, report: Report) -> None:
@@ -47,7 +48,7 @@ def prune(weights: Mapping[str, Tensor], packs: bool = False) -> Pass:
             ("heads of attention", lambda: shrink_heads(graph, values, indices, report)),
             ("hidden channels", lambda: whole.update(shrink_streams(graph, values, indices, report))),
             ("channels between layers", lambda: shrink_operands(graph, values, indices, report, whole)),
-            ("matrices stored without zeros", lambda: compress(graph, values, packs, report)),
+            ("matrices stored without zeros", lambda: compress(graph, values, packs, skips, report)),
         ):
             _saving(name, step, graph, report)
         assert graph.owning_module is not None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import llmcomp
 from llmcomp.blocks import HEIGHTS, WIDTHS, Blocks, pack, room, unpack
 from llmcomp.codegen.cpp_contract import render_contract
-from llmcomp.codegen.cpp_packed import expands
+from llmcomp.codegen.cpp_packed import skipping
 from llmcomp.pairs import NotSparse
 from llmcomp.passes.zero_blocks import find_blocks
 from llmcomp.report import GraphReport
@@ -182,6 +182,7 @@ def test_a_layer_reads_the_blocks_that_hold_something(rows: int, dtype: torch.dt
         (blocks(32, 32), 0.35, BF16, 8, True, "8 rows meet them, for which below 40% that is faster"),
         (blocks(1, 32), 0.5, BF16, 40, True, "40 rows meet them, for which below 70%"),
         (blocks(32, 32), 0.6, torch.float16, 1, True, "bfloat16 and float32"),
+        (blocks(1, 32), 0.5, F32, 4, True, "4 rows meet them, for which below 65%"),
         (blocks(32, 32), 0.6, BF16, 1, False, "known to be faster"),
     ],
 )
@@ -191,6 +192,13 @@ def test_where_it_would_not_pay(
     _, report, _ = pruned(layer(form, zeros, dtype), (torch.randn(rows, 512).to(dtype),), packs=packs)
     assert report.rewrites == 0 and "blocks of" in report.near_misses[0].reason
     assert reason in report.near_misses[0].reason
+
+
+def test_machines_whose_library_multiplies_many_rows_faster() -> None:
+    for rows, packed in ((1, True), (16, True), (17, False)):
+        printed, report, _ = pruned(layer(blocks(32, 32), 0.6), (torch.randn(rows, 512).to(BF16),), skips=16)
+        assert ("llmcomp.block_linear" in printed) is packed
+        assert packed or "17 rows meet them, and above 16" in report.near_misses[0].reason
 
 
 def test_what_takes_fewer_bytes_wins() -> None:
@@ -234,7 +242,7 @@ def test_the_masked_product_in_float64(form: Blocks) -> None:
     assert torch.equal(product, nn.functional.linear(x, weight, bias))
 
 
-@pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
+@pytest.mark.skipif(not skipping(), reason="kernels read dense weights on this machine")
 def test_weights_that_get_more_numbers(graphs: list[GraphReport]) -> None:
     made = layer(blocks(32, 32), 0.7)
     compiled, x = torch.compile(made, backend="llmcomp"), torch.randn(1, 512).to(BF16)
@@ -246,7 +254,7 @@ def test_weights_that_get_more_numbers(graphs: list[GraphReport]) -> None:
     assert 1 in [r.report.rewrites for g in graphs for r in g.passes if r.name == "prune"]
 
 
-@pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
+@pytest.mark.skipif(not skipping(), reason="kernels read dense weights on this machine")
 def test_decoding(graphs: list[GraphReport]) -> None:
     """Prompt and steps: layers that share an operand, rotated heads and gates, whose tiles begin in other blocks."""
     model = llama(spread=0.2).bfloat16()

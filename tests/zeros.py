@@ -46,6 +46,7 @@ def pruned(
     *,
     dynamic: bool = False,
     packs: bool = False,
+    skips: int | None = None,
     rtol: float | None = None,
     gathers: bool = True,
 ) -> tuple[str, Report, Split]:
@@ -61,9 +62,9 @@ def pruned(
         for name, x in zip(names, given, strict=True)
         if isinstance(x, Tensor) and not any(x is i for i in inputs)
     }
-    before = run(gm)
+    before, skips = run(gm), (2**31 if packs else 0) if skips is None else skips
     with patch.object(shrink, "GATHER", 0 if gathers else shrink.GATHER):
-        results = run_passes(gm, (*recognizing(), prune(weights, packs)), frozenset({SHAPES}))
+        results = run_passes(gm, (*recognizing(), prune(weights, packs, skips)), frozenset({SHAPES}))
     printed = text(gm.graph)
     same(run(gm), before, rtol)
     parts = split(gm)
