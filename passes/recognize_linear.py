@@ -21,6 +21,7 @@ from llmcomp.passes.layout import adopt
 from llmcomp.passes.match import is_vector
 
 aten = torch.ops.aten
+TRANSPOSES = (aten.transpose.int, aten.permute.default)
 
 Parts = tuple[Node, Node, Node | None, bool]
 
@@ -63,10 +64,17 @@ def _parts(node: Node) -> Parts | None:
 def _untransposed(weight: object) -> tuple[Node, bool]:
     """(w, True) where `weight` is the transposed matrix w, else (weight, False)."""
     assert isinstance(weight, Node)
-    transposes = {aten.t.default: (), aten.transpose.int: (0, 1), aten.permute.default: ([1, 0],)}
-    if weight.target in transposes and weight.args[1:] == transposes[weight.target]:
+    if weight.target is aten.t.default or (weight.target in TRANSPOSES and _order(weight) == [1, 0]):
         return source(weight), True
     return weight, False
+
+
+def _order(view: Node) -> list[int]:
+    """The axes of a matrix in the order in which a view shows them."""
+    if view.target is aten.permute.default:
+        return [int(d) % 2 for d in view.args[1]]  # type: ignore[arg-type,union-attr]
+    a, b = (int(d) % 2 for d in view.args[1:3])  # type: ignore[arg-type]
+    return [1, 0] if a != b else [0, 1]
 
 
 def _unfit(x: Node, weight: Node, bias: Node | None, kn: bool) -> str | None:

@@ -1,5 +1,7 @@
 """recognize_linear: every product with a matrix on the right becomes llmcomp.linear."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,22 @@ select_3: f32[3, 5] = aten.select(linear_1, 0, 0)
 linear_4: f32[3, 3] = llmcomp.linear(select_3, x1, select_2, True)
 return (linear_2, linear_3, linear_4)""",
         )
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda w: w.t(),
+        lambda w: w.mT,
+        lambda w: w.transpose(0, 1),
+        lambda w: w.permute(1, 0),
+        lambda w: w.permute(-1, 0),
+    ],
+)
+def test_a_matrix_may_be_transposed_in_any_spelling(turned: Callable[[Tensor], Tensor]) -> None:
+    weight = torch.randn(5, 4)
+    printed, _ = rewrite(lambda x: x @ turned(weight), (torch.randn(3, 4),), *PASSES)
+    assert "llmcomp.linear(x1, x0, None, False)" in printed and "transpose" not in printed
 
 
 def test_sizes_may_be_symbolic() -> None:
