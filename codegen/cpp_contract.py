@@ -35,6 +35,7 @@ from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
 from llmcomp.codegen.cpp_packed import header, numbers, operand_type, tile, weights_type
 from llmcomp.codegen.cpp_parts import function_head, positive_sizes, print_span, unused
 from llmcomp.codegen.kernel import (
+    MATRIX,
     Accumulator,
     Axis,
     Body,
@@ -73,7 +74,6 @@ class Locals:
     operand: str = "operand"
     line: str = "line"
     expert: str = "expert"
-    matrix: str = "matrix"
     block: str = "block"
     first_row: str = "first_row"
     end: str = "end"
@@ -280,7 +280,7 @@ class _Printer:
         count = index(k.expert_count)
         with w.block(f"for (int64_t {v.expert} = 0; {v.expert} <= {count}; ++{v.expert})"):
             ends = f"op::clamp_index({k.experts}[{v.expert}{{}}], {v.rows} + 1)"
-            w.line(f"const int64_t {v.matrix} = op::minimum({v.expert}, {count} - int64_t(1));")
+            w.line(f"const int64_t {MATRIX} = op::minimum({v.expert}, {count} - int64_t(1));")
             w.line(f"const int64_t {v.first_row} = {v.expert} == 0 ? 0 : {ends.format(' - 1')};")
             w.line(f"const int64_t {v.end} = {v.expert} == {count} ? {v.rows} : {ends.format('')};")
             head = f"for (int64_t {v.block} = {v.first_row}; {v.block} < {v.end}; {v.block} += contract::BLOCK)"
@@ -347,7 +347,7 @@ class _Printer:
         row = a.row.subs(tiles.last.symbol, first)
         at = weight.offset + row * weight.row_stride
         if self.kernel.experts is not None:
-            at += _symbol(v.matrix) * weight.expert_stride
+            at += MATRIX * weight.expert_stride
         text = f"{weight.buffer} + {index(sympy.expand(at))}"
         across, along = steps(tiles.section, a)
         if along != 1 and not self.wide:

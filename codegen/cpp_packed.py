@@ -6,7 +6,7 @@ import torch
 from llmcomp.blocks import Blocks
 from llmcomp.codegen.build import cpu_features
 from llmcomp.codegen.cpp_expr import MEMORY_TYPES, index
-from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section
+from llmcomp.codegen.kernel import MATRIX, Accumulator, Contract, Packing, Section
 from llmcomp.formats import Format, Int4, Mxfp4
 from llmcomp.masked import Masked
 from llmcomp.two_four import TwoFour
@@ -93,6 +93,8 @@ def tile(kernel: Contract, section: Section, a: Accumulator, first: sympy.Expr) 
     packing = weight.packing
     assert packing is not None
     row = a.row.subs(last, first)
+    if kernel.experts is not None:
+        row += MATRIX * (weight.expert_stride / weight.row_stride)
     step = sympy.expand(a.row.subs(last, last + 1) - a.row)
     starts = [_at(weight.buffer, weight.offset + row * weight.row_stride)]
     starts.append("nullptr" if packing.scale is None else _at(packing.scale, row * packing.groups))

@@ -21,6 +21,9 @@ import torch
 
 from llmcomp.formats import Format
 
+MATRIX = sympy.Symbol("own_matrix", integer=True, nonnegative=True)
+"""In the epilogue of a Contract with experts: the matrix of the row, the last one for rows that belong to none."""
+
 Constant = float | int | bool
 Argument = str | Constant
 
@@ -219,7 +222,8 @@ class Contract:
     value `operand_value` is what is multiplied. `operand_dtype` is the dtype that the graph holds the
     operand in: the printers may keep it in that dtype (tensor cores) or in float32.
     `experts`, where given, names an int32/int64 buffer of E cumulative row ends (expert e owns the rows
-    [ends[e-1], ends[e]) of the operand) and weights use `expert_stride`.
+    [ends[e-1], ends[e]) of the operand) and weights use `expert_stride`. Epilogues know the expert of a row as
+    `MATRIX`.
     Where the format of the weights is dynamic, rows of the operand are quantized (llmcomp/dynamic.py): an accumulator
     is the sum of the products of codes, times the scale of the row of the operand, in float32.
     """

@@ -30,9 +30,11 @@ from llmcomp.codegen.rules import rules
 from llmcomp.formats import Format, parse_format
 from llmcomp.graph import is_contiguous
 from llmcomp.masked import ENTRY, Masked
-from llmcomp.products import BLOCKS, MASKED, PACKED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
+from llmcomp.products import BLOCKS, MASKED, PACKED, PACKED_GROUPED, TWO_FOUR, bias_of, ends_of, is_product, operand_of
 from llmcomp.region import Region, Unfit
 from llmcomp.two_four import TwoFour
+
+STORED = (PACKED, PACKED_GROUPED)  # weights in a format, with scales
 
 
 def linears(region: Region) -> list[Node]:
@@ -266,6 +268,8 @@ def _section(
     if len(points) > 1:
         axes = (*axes[:-1], K.Axis(axes[-1].symbol, axes[-1].size / len(points)))
     extents = {rows.symbol: rows.size, k.symbol: k.size, **{a.symbol: a.size for a in axes}}
+    if (ends := ends_of(layers[0])) is not None:
+        extents[K.MATRIX] = size(fake(ends).shape[0])
     accumulators: dict[tuple[Node, sympy.Expr], K.Accumulator] = {}
     p = _accumulating(Space(extents), inside, layers, lead, rows, k, accumulators, prologue, inner)
     for columns in segment.outputs:
@@ -350,7 +354,8 @@ def _accumulating(
         saved, p.dtype = p.dtype, torch.float32
         try:
             if (scale := row_scale(node)) is not None:
-                value = p.op("mul", value, p.at(scale, at[-1:], "scale"))
+                of = (K.MATRIX,) if ends_of(node) is not None else ()
+                value = p.op("mul", value, p.at(scale, (*of, at[-1]), "scale"))
             if (bias := bias_of(node)) is not None:
                 value = p.op("add", value, p.convert(p.at(bias, at[-1:], "bias"), torch.float32))
             return value
@@ -370,13 +375,13 @@ def storage(layer: Node) -> Format | None:
         return Masked()
     if layer.target is BLOCKS:
         return Blocks(height=int(str(layer.args[4])), width=int(str(layer.args[5])))
-    return parse_format(str(layer.args[5])) if layer.target is PACKED else None
+    return parse_format(str(layer.args[5])) if layer.target in STORED else None
 
 
 def row_scale(layer: Node) -> Node | None:
     """The scales of a quantized weight, where there is one for each row."""
     form = storage(layer)
-    if form is None or form.group or layer.target is not PACKED:
+    if form is None or form.group or layer.target not in STORED:
         return None
     scale = layer.args[2]
     assert isinstance(scale, Node)
@@ -385,19 +390,20 @@ def row_scale(layer: Node) -> Node | None:
 
 def _packed(layer: Node, form: Format, prologue: Puller) -> K.Weight:
     """The matrix of a layer whose weight is quantized; its parts lie in memory, row after row."""
-    codes, scale, zero = layer.args[1:4] if layer.target is PACKED else (layer.args[1], None, None)
+    codes, scale, zero = layer.args[1:4] if layer.target in STORED else (layer.args[1], None, None)
     for part in (codes, scale, zero):
         if isinstance(part, Node) and (not prologue.in_memory(part) or not is_contiguous(fake(part))):
             raise Unfit(f"the quantized weight of {layer.name} is computed")
     assert isinstance(codes, Node)
-    row = sympy.Integer(ENTRY) if isinstance(form, Masked | Blocks) else size(fake(codes).shape[1])
+    row = sympy.Integer(ENTRY) if isinstance(form, Masked | Blocks) else size(fake(codes).shape[-1])
+    experts = row * size(fake(codes).shape[1]) if ends_of(layer) is not None else ZERO
     buffer = prologue.buffer(codes, "weight").name
     if not form.group:
-        return K.Weight(buffer, row, sympy.Integer(1), packing=K.Packing(form))
+        return K.Weight(buffer, row, sympy.Integer(1), ZERO, experts, K.Packing(form))
     assert isinstance(scale, Node)
     zeros = prologue.buffer(zero, "zero").name if isinstance(zero, Node) else None
-    packing = K.Packing(form, size(fake(scale).shape[1]), prologue.buffer(scale, "scale").name, zeros)
-    return K.Weight(buffer, row, sympy.Integer(1), packing=packing)
+    packing = K.Packing(form, size(fake(scale).shape[-1]), prologue.buffer(scale, "scale").name, zeros)
+    return K.Weight(buffer, row, sympy.Integer(1), ZERO, experts, packing)
 
 
 def _weight(layer: Node, prologue: Puller, k: K.Axis) -> K.Weight:

@@ -19,6 +19,7 @@ import sympy
 import torch
 
 from llmcomp.codegen.kernel import (
+    MATRIX,
     Accumulator,
     Body,
     Check,
@@ -271,6 +272,7 @@ def _rows(w: Writer, kernel: Contract) -> Iterator[None]:
         w.line("expert = tl.program_id(1)")
         w.line(f"first_row = tl.load({ends} + expert - 1, mask=expert > 0, other=0)")
         experts = _factor(kernel.expert_count)
+        w.line(f"{MATRIX} = tl.minimum(expert, {experts} - 1).to(tl.int64)")
         w.line(f"end_row = tl.load({ends} + expert, mask=expert < {experts}, other={rows})")
         w.line(f"depth_end = tl.where(expert < {experts}, {indexed(_steps(kernel))}, 0)  # nobody's rows give zeros")
         with w.block("for start_row in range(first_row, end_row, BLOCK_M)"):
@@ -348,7 +350,7 @@ def _print_section(
         w.line(f"{spell(a.name)}_rows = {_weight_rows(a, kernel)}")
     quads = form == "gemv" and quad_of(kernel) > 0
     if packing_of(kernel) is not None:
-        print_rows(w, section, quads or words_of(kernel) is not None, masks_of(kernel))
+        print_rows(w, kernel, section, quads or words_of(kernel) is not None, masks_of(kernel))
     for a in section.accumulators:
         shape = f"[BLOCK_M, {block}, {'QUADS' if quads else 'BLOCK_K'}]" if form == "gemv" else f"[BLOCK_M, {block}]"
         integers = sums_integers(kernel) and (quads or form == "dot")
@@ -427,7 +429,7 @@ def _weight_rows(a: Accumulator, kernel: Contract) -> str:
     """The addresses of the first element of each weight row of a program, [1, BLOCK_N]."""
     expert = ""
     if kernel.experts is not None:
-        expert = f" + expert.to(tl.int64) * {indexed(a.weight.expert_stride)}"
+        expert = f" + {MATRIX} * {indexed(a.weight.expert_stride)}"
     at = sympy.expand(a.weight.offset + a.row * a.weight.row_stride)
     dtypes = {b.name: b.dtype for b in kernel.buffers}
     bits = ".to(tl.pointer_type(tl.uint8))" if dtypes[a.weight.buffer] == torch.float8_e4m3fn else ""

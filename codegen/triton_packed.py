@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from llmcomp.blocks import Blocks
-from llmcomp.codegen.kernel import Accumulator, Contract, Packing, Section, packing_of
+from llmcomp.codegen.kernel import MATRIX, Accumulator, Contract, Packing, Section, packing_of
 from llmcomp.codegen.triton_body import Writer, call, indexed, spell
 from llmcomp.codegen.triton_dynamic import sums_integers
 from llmcomp.formats import Fp8, Int4, Int8, Mxfp4, Nf4
@@ -86,7 +86,7 @@ def print_sizes(w: Writer, kernel: Contract, form: str) -> None:
         w.line(f"QUADS: tl.constexpr = BLOCK_K // {quad_of(kernel)}")
 
 
-def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr) -> None:
+def print_rows(w: Writer, kernel: Contract, section: Section, words: bool, masks: sympy.Expr) -> None:
     """The rows of the weights of a program, by which scales are found; `words` start at `_rows`, as addresses, behind
     bytes of `masks` where there are some.
     """
@@ -94,7 +94,10 @@ def print_rows(w: Writer, section: Section, words: bool, masks: sympy.Expr) -> N
         packing, name = _packing(a), spell(a.name)
         for part, buffer in (("scale", packing.scale), ("zero", packing.zero)):
             if buffer is not None:
-                w.line(f"{name}_{part}_rows = {spell(buffer)} + ({indexed(a.row)}) * {indexed(packing.groups)}")
+                row = indexed(a.row)
+                if kernel.experts is not None:
+                    row += f" + {MATRIX} * {indexed(a.weight.expert_stride / a.weight.row_stride)}"
+                w.line(f"{name}_{part}_rows = {spell(buffer)} + ({row}) * {indexed(packing.groups)}")
         if masks != 0:
             w.line(f"{name}_masks = {name}_rows")
             w.line(f"{name}_rows = {name}_rows + {indexed(masks)}")

@@ -1,5 +1,5 @@
-"""Operators on weights in a storage format (llmcomp/formats.py): `llmcomp::dequantize` and `llmcomp::packed_linear`,
-and `llmcomp::pack_codes`, which leaves out zeros.
+"""Operators on weights in a storage format (llmcomp/formats.py): `llmcomp::dequantize`, `llmcomp::packed_linear` and
+`llmcomp::packed_grouped_linear`, and `llmcomp::pack_codes`, which leaves out zeros.
 
 `format` is the name of a format. Importing this module registers the operators, as importing `llmcomp.ops` does for
 the others.
@@ -70,3 +70,24 @@ def packed_linear(
 @packed_linear.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, format: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@custom_op("llmcomp::packed_grouped_linear", mutates_args=())
+def packed_grouped_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends: Tensor, format: str
+) -> Tensor:
+    """Rows x (T, K) sorted by expert, times quantized weights (E, N, K): (T, N), as `grouped_linear` and
+    `packed_linear`.
+    """
+    form, out, start = parse_format(format), x.new_zeros(x.shape[0], codes.shape[1]), 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:  # no other matrix is made float
+            packed = Packed(codes[expert], scale[expert], None if zero is None else zero[expert])
+            out[start:end] = wide_linear(x[start:end], form.dequantize(packed, x.shape[-1], torch.float32), None)
+        start = end
+    return out
+
+
+@packed_grouped_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, ends: Tensor, format: str) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1])

@@ -3,6 +3,7 @@
 linear(x, weight, bias, kn)
 grouped_linear(x, weight, ends, kn)
 packed_linear(x, codes, scale, zero, bias, format)
+packed_grouped_linear(x, codes, scale, zero, ends, format)
 two_four_linear(x, codes, bias)
 masked_linear(x, codes, bias, outputs)
 block_linear(x, codes, bias, outputs, height, width)
@@ -20,10 +21,11 @@ import llmcomp.two_four  # noqa: F401  (all of them register operators)
 LINEAR = torch.ops.llmcomp.linear.default
 GROUPED = torch.ops.llmcomp.grouped_linear.default
 PACKED = torch.ops.llmcomp.packed_linear.default
+PACKED_GROUPED = torch.ops.llmcomp.packed_grouped_linear.default
 TWO_FOUR = torch.ops.llmcomp.two_four_linear.default
 MASKED = torch.ops.llmcomp.masked_linear.default
 BLOCKS = torch.ops.llmcomp.block_linear.default
-PRODUCTS = (LINEAR, GROUPED, PACKED, TWO_FOUR, MASKED, BLOCKS)
+PRODUCTS = (LINEAR, GROUPED, PACKED, PACKED_GROUPED, TWO_FOUR, MASKED, BLOCKS)
 
 
 def is_product(node: Node) -> bool:
@@ -40,7 +42,8 @@ def operand_of(node: Node) -> Node:
 
 def ends_of(node: Node) -> Node | None:
     """The table that says which rows of the operand meet which matrix, of a grouped product."""
-    ends = node.args[2] if node.target is GROUPED else None
+    at = {GROUPED: 2, PACKED_GROUPED: 4}.get(node.target)  # type: ignore[call-overload]
+    ends = None if at is None else node.args[at]
     assert ends is None or isinstance(ends, Node)
     return ends
 

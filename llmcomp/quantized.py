@@ -30,11 +30,12 @@ def safe_globals() -> list[type]:
 
 
 class QuantizedTensor(Tensor):
-    """A matrix (N, K) in a storage format; `transposed`: the (K, N) view of it, as the layers of GPT-2 keep theirs.
+    """A matrix (N, K) in a storage format, or several of one shape (E, N, K), as experts keep theirs; `transposed`: the
+    (K, N) view of it, or (E, K, N), as the layers of GPT-2 keep theirs.
 
     Attributes:
-        codes, scale, zero: the packed parts, of the matrix (N, K); see `formats.Packed`. Scales of groups may be of
-            any float dtype.
+        codes, scale, zero: the packed parts, of the matrix (N, K); see `formats.Packed`. Those of several matrices lie
+            one behind the other (E, ...). Scales of groups may be of any float dtype.
         order: (K,) int64, which column of the matrix each stored column is, where they are not stored in order.
         format: how they are read.
     """
@@ -56,7 +57,9 @@ class QuantizedTensor(Tensor):
         transposed: bool = False,
         order: Tensor | None = None,
     ) -> Self:
-        strides = (1, shape[0]) if transposed else (shape[1], 1)
+        *lead, rows, columns = shape
+        last = (1, rows) if transposed else (columns, 1)
+        strides = (rows * columns, *last) if lead else last
         return torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), strides=strides, dtype=dtype, device=packed.codes.device, requires_grad=False
         )
@@ -75,13 +78,13 @@ class QuantizedTensor(Tensor):
 
     @classmethod
     def quantize(cls, weight: Tensor, format: Format, transposed: bool = False) -> Self:
-        """Quantize a float weight (N, K), or (K, N) where `transposed`.
+        """Quantize a float weight (N, K) or (E, N, K); (K, N) or (E, K, N) where `transposed`.
 
         Raises:
             FormatError: the weight can't be held in this format.
         """
         with torch.no_grad():
-            packed = format.quantize(weight.detach().t() if transposed else weight.detach())
+            packed = _quantized(weight.detach().mT if transposed else weight.detach(), format)
         return cls(packed, format, weight.shape, weight.dtype, transposed)
 
     @property
@@ -92,7 +95,7 @@ class QuantizedTensor(Tensor):
     @property
     def columns(self) -> int:
         """K: what the rows of the matrix have in common."""
-        return self.shape[0 if self.transposed else 1]
+        return self.shape[-2 if self.transposed else -1]
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -162,7 +165,20 @@ def _dequantized(weight: QuantizedTensor) -> Tensor:
         weight.codes, weight.scale, weight.zero, str(weight.format), weight.columns, weight.dtype
     )
     matrix = _unsorted(matrix, weight.order)
-    return matrix.t() if weight.transposed else matrix
+    return matrix.mT if weight.transposed else matrix
+
+
+def _quantized(matrix: Tensor, format: Format) -> Packed:
+    """The parts of a matrix (N, K), or of several (E, N, K)."""
+    if matrix.dim() != 3:
+        return format.quantize(matrix)
+    packed = format.quantize(matrix.flatten(0, 1))
+    codes, scale, zero = (
+        None if part is None else part.unflatten(0, matrix.shape[:2])
+        for part in (packed.codes, packed.scale, packed.zero)
+    )
+    assert codes is not None and scale is not None
+    return Packed(codes, scale, zero)
 
 
 def _unsorted(stored: Tensor, order: Tensor | None) -> Tensor:
@@ -196,16 +212,40 @@ def _to_copy(
     return QuantizedTensor(moved.packed, weight.format, weight.shape, dtype, weight.transposed, moved.order)
 
 
-def _transpose(func: torch._ops.OpOverload, weight: QuantizedTensor, *dims: object) -> Any:
-    if dims not in ((), (0, 1), (1, 0), ([1, 0],), (-1, -2), (-2, -1)):
+def _transpose(func: torch._ops.OpOverload, weight: QuantizedTensor, *dims: Any) -> Any:
+    last = weight.dim() - 1
+    order = dims[0] if func is aten.permute.default else _swapped(weight.dim(), *(dims or (0, 1)))
+    if [d % weight.dim() for d in order] != [*range(last - 1), last, last - 1]:
         return NotImplemented
-    shape = (weight.shape[1], weight.shape[0])
+    shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
     return QuantizedTensor(weight.packed, weight.format, shape, weight.dtype, not weight.transposed, weight.order)
+
+
+def _swapped(rank: int, a: int, b: int) -> list[int]:
+    order = list(range(rank))
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _picked(func: torch._ops.OpOverload, weight: QuantizedTensor, *at: Any) -> Any:
+    """One of several matrices, or some of them: select along the first axis, or an index of that alone."""
+    if weight.dim() != 3 or weight.order is not None:
+        return NotImplemented
+    if func is aten.select.int and at[0] % 3 != 0:
+        return NotImplemented
+    if func is aten.index.Tensor and (len(at[0]) != 1 or at[0][0].dim() != 1):
+        return NotImplemented
+    if func is aten.index.Tensor and weight.codes.dtype == torch.float8_e4m3fn:
+        return NotImplemented  # torch does not index codes of 8 bit floats
+    codes, scale = func(weight.codes, *at), func(weight.scale, *at)
+    packed = Packed(codes, scale, None if weight.zero is None else func(weight.zero, *at))
+    shape = (*codes.shape[:-2], *weight.shape[1:])
+    return QuantizedTensor(packed, weight.format, shape, weight.dtype, weight.transposed)
 
 
 def _embedding(func: torch._ops.OpOverload, weight: QuantizedTensor, indices: Tensor, *rest: object) -> Any:
     """Rows of the packed parts, dequantized: a table is never made float as a whole."""
-    if weight.transposed:
+    if weight.transposed or weight.dim() != 2:
         return NotImplemented
     rows = [None if part is None else _rows(part, indices) for part in (weight.codes, weight.scale, weight.zero)]
     stored = torch.ops.llmcomp.dequantize(*rows, str(weight.format), weight.columns, weight.dtype)
@@ -291,10 +331,10 @@ def _packed_of(source: Tensor, weight: QuantizedTensor) -> Packed:
     if source.shape != weight.shape:
         source = source.expand(weight.shape)  # raises where the shapes do not belong together
     matrix = source.to(weight.codes.device)
-    matrix = (matrix.t() if weight.transposed else matrix).to(weight.dtype)
+    matrix = (matrix.mT if weight.transposed else matrix).to(weight.dtype)
     if weight.order is not None:
-        matrix = matrix.index_select(1, weight.order)
-    packed = weight.format.quantize(matrix)
+        matrix = matrix.index_select(-1, weight.order)
+    packed = _quantized(matrix, weight.format)
     return packed if packed.scale.dtype == weight.scale.dtype else _rescaled(packed, matrix, weight)
 
 
@@ -316,6 +356,8 @@ _RULES: Mapping[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
     aten.permute.default: _transpose,
+    aten.select.int: _picked,
+    aten.index.Tensor: _picked,
     aten.embedding.default: _embedding,
     aten.linear.default: _linear,
     aten.mm.default: _mm,

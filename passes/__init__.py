@@ -23,7 +23,7 @@ from llmcomp.passes.recognize_linear import RECOGNIZE_LINEAR
 from llmcomp.passes.recognize_norm import RECOGNIZE_NORM
 from llmcomp.passes.recognize_rope import RECOGNIZE_ROPE
 from llmcomp.passes.share import SHARE
-from llmcomp.products import BLOCKS, GROUPED, MASKED, PACKED, TWO_FOUR
+from llmcomp.products import BLOCKS, GROUPED, MASKED, PACKED, PACKED_GROUPED, TWO_FOUR
 from llmcomp.target import Target
 
 
@@ -78,7 +78,7 @@ def _left_to_library(target: Target) -> Library:
     Few rows are bound by reading the weight, where a kernel of ours can fuse what comes before and after.
     """
 
-    ours = (GROUPED, PACKED, TWO_FOUR, MASKED, BLOCKS)
+    ours = (GROUPED, PACKED, PACKED_GROUPED, TWO_FOUR, MASKED, BLOCKS)
 
     def library(linear: Node) -> bool:
         return target.name == "cpp" and linear.target not in ours and rows(linear) > 16

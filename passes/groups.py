@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from llmcomp.graph import dependencies, views, written
+from llmcomp.products import ends_of, is_product
 from llmcomp.quantized_cache import cache_tensor
 from llmcomp.region import Region, readers, sources
 
@@ -214,7 +215,7 @@ def _inlines(node: Node) -> bool:
 
 def _is_offset_table(node: Node) -> bool:
     """Whether a kernel looks up in this node which rows belong to which matrix, so that it must lie in memory."""
-    return any(u.target is torch.ops.llmcomp.grouped_linear.default and u.args[2] is node for u in node.users)
+    return any(is_product(u) and ends_of(u) is node for u in node.users)
 
 
 def _is_constant(node: Node) -> bool:

@@ -21,8 +21,9 @@ from llmcomp.graph import source, val
 from llmcomp.passes.axis_maps import MAPS, broadcast
 from llmcomp.passes.relation_rules import RESHAPES, indices, looked_up, mapped, reshaped
 from llmcomp.passes.relations import Along, Kind, Mixing, Reader, Relation, is_pointwise
+from llmcomp.products import GROUPED, PACKED_GROUPED, ends_of, operand_of
 
-aten, ops = torch.ops.aten, torch.ops.llmcomp
+aten = torch.ops.aten
 
 COUNTS = (aten.histc.default, aten.bincount.default)
 
@@ -82,9 +83,11 @@ def _summed(reader: Reader, node: Node, order: Node) -> Relation:
 
 
 def _product(reader: Reader, node: Node, order: Node) -> Relation:
-    rows, weight, ends = (source(node, i) for i in range(3))
+    rows, weights, ends = operand_of(node), node.all_input_nodes[1:], ends_of(node)
+    assert ends is not None
     relation = reader.relation(rows)
-    if reader.relation(weight).along or reader.relation(ends) != Relation(Kind.TALLY, order=order, computed=True):
+    tally = Relation(Kind.TALLY, order=order, computed=True)
+    if any(reader.relation(w).along for w in weights if w is not ends) or reader.relation(ends) != tally:
         raise Mixing(node, "its rows are not those of the experts that it counts")
     if not _counts_experts(ends, order) or relation.order is not order or relation.axes != (0,):
         raise Mixing(node, "its rows are not sorted by expert")
@@ -162,7 +165,7 @@ _RULES: Mapping[object, Callable[[Reader, Node, Node], Relation]] = {
     **dict.fromkeys(COUNTS, _counted),
     **dict.fromkeys((aten.cumsum.default,), _summed),
     aten._to_copy.default: _cast,
-    ops.grouped_linear.default: _product,
+    **dict.fromkeys((GROUPED, PACKED_GROUPED), _product),
     aten.index.Tensor: _picked,
     aten.index_put.default: _inverse,
 }

@@ -1,10 +1,14 @@
 """A linear layer whose weight is quantized, as a kernel: what the tests of both printers run."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import sympy
 import torch
 from torch import Tensor
 
 from llmcomp.codegen.kernel import (
+    MATRIX,
     Accumulator,
     Axis,
     Buffer,
@@ -49,6 +53,40 @@ def packed_linear(rows: int | sympy.Symbol, k: int, n: int, form: Format, dtype:
     sizes = (rows,) if isinstance(rows, sympy.Symbol) else ()
     section = Section((column,), (Accumulator("acc", weight, column.symbol),), epilogue)
     return Contract("packed_linear", buffers, sizes, m, depth, operand, "x", dtype, (section,))
+
+
+def packed_experts(
+    rows: int | sympy.Symbol, experts: int, k: int, n: int, form: Format, dtype: torch.dtype
+) -> Contract:
+    """out = each row of x @ weight[its expert].T, rows sorted by expert, with the weights in `form`."""
+    plain = packed_linear(rows, k, n, form, dtype)
+    (section,), at = plain.sections, MATRIX * n + sympy.Symbol("n", integer=True, nonnegative=True)
+    scale = () if form.group else (Load("scale", "scale_ptr", at, F32), Compute("out", "mul", ("acc", "scale"), F32))
+    (store,) = (s for s in section.epilogue if isinstance(s, Store))
+    (a,) = section.accumulators
+    weight = replace(a.weight, expert_stride=a.weight.row_stride * n)
+    section = replace(
+        section,
+        accumulators=(replace(a, weight=weight),),
+        epilogue=(*scale, replace(store, value="out" if scale else "acc")),
+    )
+    buffers = (*(b for b in plain.buffers if b.name != "bias_ptr"), Buffer("ends_ptr", torch.int32))
+    return replace(plain, buffers=buffers, sections=(section,), experts="ends_ptr", expert_count=sympy.Integer(experts))
+
+
+def expert_buffers(
+    ends: Sequence[int], rows: int, k: int, n: int, form: Format, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """The buffers of `packed_experts`, and its exact result in float64: zeros for the rows behind those of the last."""
+    x = torch.randn(rows, k).to(dtype)
+    packed = form.quantize(matrix(n * len(ends), k, form))
+    parts = [t for t in (packed.codes, packed.scale, packed.zero) if t is not None]
+    matrices = form.dequantize(packed, k, torch.float64).unflatten(0, (len(ends), n))
+    exact, start = torch.zeros(rows, n, dtype=torch.float64), 0
+    for expert, end in enumerate(ends):
+        exact[start:end] = x[start:end].double() @ matrices[expert].t()
+        start = end
+    return [x, *parts, torch.full((rows, n), 7.0, dtype=dtype), torch.tensor(ends, dtype=torch.int32)], exact
 
 
 def _axis(name: str, size: int | sympy.Symbol) -> Axis:

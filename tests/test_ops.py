@@ -77,6 +77,10 @@ SAMPLES = {
     "cache_dequantize": Sample(ops.cache_dequantize.default, (CODES, SCALES, torch.bfloat16)),
     "dequantize": Sample(ops.dequantize.default, (*PACKED, "int4_g32", 64, torch.bfloat16)),
     "packed_linear": Sample(ops.packed_linear.default, (normal(2, 3, 64), *PACKED, normal(5), "int4_g32")),
+    "packed_grouped_linear": Sample(
+        ops.packed_grouped_linear.default,
+        (normal(6, 64), *(part.expand(2, *part.shape) for part in PACKED), torch.tensor([1, 4]), "int4_g32"),
+    ),
     "linear": Sample(ops.linear.default, (normal(2, 3, 8), normal(5, 8), normal(5), False)),
     "linear_kn": Sample(ops.linear.default, (normal(3, 8), normal(8, 5), None, True)),
     "linear_vector": Sample(ops.linear.default, (normal(8, dtype=half), normal(5, 8, dtype=half), None, False)),

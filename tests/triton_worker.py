@@ -37,6 +37,7 @@ MODULES = (
     "test_triton_sequences",
     "test_triton_sweep",
     "test_triton_two_four",
+    "test_triton_experts",
     "test_triton_blocks",
     "test_assemble",
 )
