@@ -30,11 +30,12 @@ from llmcomp.quantization import (
     Spec,
     check_site,
     chosen,
+    every,
     prepare_saving,
     quantize_,
 )
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import is_conv, names_of, sites
+from llmcomp.sites import is_conv, names_of
 from llmcomp.token_batches import Batches
 
 
@@ -98,7 +99,7 @@ def calibrate(
             rows += done.rows
             unscaled |= done.unscaled
     placed = {holders[row.name] for row in rows}
-    prepare_saving(model, {name: form for name, form in plan.items() if holders[name] in placed})
+    prepare_saving(model, {f"{name}.weight": form for name, form in plan.items() if holders[name] in placed})
     rest = quantize_(model, spec, lambda weight: not isinstance(weight, QuantizedTensor))
     return Calibration((*rows, *rest.rows), unscaled)
 
@@ -109,9 +110,9 @@ def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict
     Raises:
         OptionError, FormatError: as `quantize_`.
     """
-    plan = dict(chosen(model, spec))
+    plan = {name.removesuffix(".weight"): form for name, form in chosen(model, spec)}
     holders: dict[str, tuple[nn.Module, ...]] = {}
-    for site in sites(model):
+    for site in every(model):
         holders |= dict.fromkeys((name for name, _ in names_of(model, site)), site.holders)
         if (form := plan.get(site.name)) is not None:
             check_site(site, form)

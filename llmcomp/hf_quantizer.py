@@ -15,7 +15,7 @@ own way asks for their packages): its weights keep their values, and `weights` i
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from llmcomp.heap import leave_files, release_memory
 from llmcomp.layouts import Parts
 from llmcomp.quantization import Choice, chosen, parse_choice
 from llmcomp.quantized import PARTS, QuantizedTensor
-from llmcomp.sites import is_conv
+from llmcomp.sites import PROJECTIONS, is_conv, is_transposed
 
 METHOD = "llmcomp"
 
@@ -123,7 +123,7 @@ class Quantizer(HfQuantizer):
     """
 
     quantization_config: QuantizationConfig
-    serialized_names = {"weight": [f"weight_{part}" for part in PARTS]}
+    serialized_names = {key: [f"{key}_{part}" for part in PARTS] for key in ("weight", *PROJECTIONS)}
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # others may load with the same one
@@ -143,7 +143,7 @@ class Quantizer(HfQuantizer):
             self.formats = {name: parse_format(text) for name, text in self.quantization_config.formats.items()}
         else:
             plan = chosen(model, self.quantization_config.weights, model.all_tied_weights_keys)
-            self.formats = {f"{name}.weight": form for name, form in plan}
+            self.formats = dict(plan)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.problems:
@@ -194,7 +194,7 @@ class Quantizer(HfQuantizer):
         if not self.pre_quantized:
             return []
         if self.source is None:
-            return [WeightConverter(self.serialized_names["weight"], "weight", [_Join(self)])]
+            return [WeightConverter(parts, key, [_Join(self)]) for key, parts in self.serialized_names.items()]
         names = [rf"\.{name}$" for name in (*self.source.names, "weight")]
         return [WeightConverter(names, ".weight", [_Repack(self)])]
 
@@ -293,7 +293,7 @@ class _Making(ConversionOps):
             made = self.made(tensors, module, full_layer_name)
         except FormatError as problem:
             self.hf_quantizer.problems.append(problem)
-            made = nn.Parameter(torch.empty_like(module.weight, device="cpu"), requires_grad=False)
+            made = nn.Parameter(torch.empty_like(_weight(module, full_layer_name), device="cpu"), requires_grad=False)
         return {full_layer_name: made}
 
     def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
@@ -305,13 +305,20 @@ class _Making(ConversionOps):
         raise NotImplementedError
 
 
+def _weight(module: nn.Module, name: str) -> Tensor:
+    """The parameter of a module that has this name in the model."""
+    weight = getattr(module, name.rpartition(".")[2])
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 class _Quantize(_Making):
     """A weight of the checkpoint -> the quantized parameter."""
 
     def made(self, tensors: Mapping[str, Tensor], module: nn.Module, name: str) -> Tensor:
         (weight,) = tensors.values()
         try:
-            quantized = QuantizedTensor.quantize(weight, self.hf_quantizer.formats[name], is_conv(module))
+            quantized = QuantizedTensor.quantize(weight, self.hf_quantizer.formats[name], is_transposed(module))
         except FormatError as problem:
             raise FormatError(f"{name}: {problem}") from problem
         release_memory()
@@ -329,20 +336,19 @@ class _Join(_Making):
                 f"expected codes, scales and a format for {name}, found {', '.join(sorted(parts)) or 'none'} and the "
                 f"format {form}: the checkpoint is incomplete"
             )
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        rows, columns = reversed(weight.shape) if is_conv(module) else weight.shape
+        weight, transposed = _weight(module, name), is_transposed(module)
+        *lead, rows, columns = weight.mT.shape if transposed else weight.shape
         packed = Packed(parts["codes"], parts["scale"], parts.get("zero"))
-        _require_fit(name, form, packed, rows, columns)
+        _require_fit(name, form, packed, (*lead, rows), columns)
         order = parts.get("order")
         if order is not None and not torch.equal(order.sort().values, torch.arange(columns, device=order.device)):
             raise FormatError(f"expected {name}_order to be an order of {columns} inputs, found none: it is damaged")
-        made = QuantizedTensor(packed, form, weight.shape, weight.dtype, is_conv(module), order)
+        made = QuantizedTensor(packed, form, weight.shape, weight.dtype, transposed, order)
         return nn.Parameter(made, requires_grad=False)
 
 
-def _require_fit(name: str, form: Format, packed: Packed, rows: int, columns: int) -> None:
-    """Refuse packed parts that are not those of a weight (rows, columns); scales of groups may be of any float."""
+def _require_fit(name: str, form: Format, packed: Packed, rows: Sequence[int], columns: int) -> None:
+    """Refuse packed parts that are not those of a weight (*rows, columns); scales of groups may be of any float."""
     wanted = form.quantize(torch.zeros(1, columns))
     for part in ("codes", "scale", "zero"):
         have, want = getattr(packed, part), getattr(wanted, part)
@@ -350,11 +356,11 @@ def _require_fit(name: str, form: Format, packed: Packed, rows: int, columns: in
             fits = have is None and want is None
         else:
             floats = bool(form.group) and want.dtype.is_floating_point and have.dtype.is_floating_point
-            fits = tuple(have.shape) == (rows, *want.shape[1:]) and (have.dtype == want.dtype or floats)
+            fits = tuple(have.shape) == (*rows, *want.shape[1:]) and (have.dtype == want.dtype or floats)
         if not fits:
             found = None if have is None else (tuple(have.shape), have.dtype)
             raise FormatError(
-                f"expected {part} of {name} to be those of {form} for a weight of shape {(rows, columns)}, found "
+                f"expected {part} of {name} to be those of {form} for a weight of shape {(*rows, columns)}, found "
                 f"{found}: the checkpoint does not belong to this model"
             )
 

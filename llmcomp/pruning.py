@@ -173,7 +173,7 @@ def _chooser(model: nn.Module, spec: object) -> Chosen[Sparsity]:
     if isinstance(spec, Sparsity):
         return lambda site: _of_one(site, spec)
     if isinstance(spec, Mapping):
-        return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()})
+        return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()}, sites(model))
     if callable(spec):
         return by_function(model, lambda name, module: _value(spec(name, module)))
     raise OptionError(

@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from llmcomp.heap import release_memory
 from llmcomp.latents import LATENT, forget, latent_of
 from llmcomp.owners import models_of
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import ROOT, Chosen, Site, by_function, by_patterns, is_linear, names_of, sites
+from llmcomp.sites import ROOT, Chosen, Site, by_function, by_patterns, experts, is_linear, names_of, sites
 from llmcomp.torchao_weights import is_torchao, repacked
 
 Choice = Format | str | None
@@ -70,7 +70,8 @@ class Quantization:
 def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool] = lambda weight: True) -> Quantization:
     """Quantize weights of `model` in place; returns what became of each.
 
-    `spec` is a format or its name, for all linear layers (`nn.Linear`, and GPT-2's `Conv1D`); or a mapping from
+    `spec` is a format or its name, for all linear layers (`nn.Linear`, and GPT-2's `Conv1D`) and the experts of
+    transformers (which have formats without `dynamic`: their rows are not quantized); or a mapping from
     patterns of module names (as in `fnmatch`, the first that matches counts) to formats, None to leave a weight alone;
     or a function of (name, module). With a single format of 4 bits the head (the layer that gives logits) becomes int8.
     Embeddings are quantized where a mapping or function names them, or where the head is tied to them: once, for both.
@@ -84,7 +85,7 @@ def quantize_(model: nn.Module, spec: Spec, only: Callable[[torch.Tensor], bool]
     """
     plans = [plan for plan in planned(model, spec) if only(plan[0].weight)]
     _check(plans)
-    formats = {name: form for site, form, _ in plans if form is not None for name, _ in names_of(model, site)}
+    formats = {site.parameter(n): form for site, form, _ in plans if form is not None for n, _ in names_of(model, site)}
     rows = []
     while plans:
         rows.append(_apply(*plans.pop(0)))
@@ -108,13 +109,20 @@ def check_site(site: Site, form: Format) -> None:
     if is_torchao(site.weight):
         return  # its values are kept
     try:
-        check(site.matrix, form)
+        for matrix in site.matrices:
+            check(matrix, form)
     except FormatError as problem:
         raise FormatError(f"{site.label}: {problem}") from problem
 
 
+def every(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[Site]:
+    """All matrices that can be quantized, each once; `tied` as for `sites`."""
+    yield from sites(model, tied)
+    yield from experts(model)
+
+
 def chosen(model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None) -> list[tuple[str, Format]]:
-    """The modules whose weights `spec` quantizes, by name (every one of those that are tied), and the formats.
+    """The parameters that `spec` quantizes, by name (every one of those that are tied), and the formats.
 
     `tied`: pairs of names of parameters that will be one when the model is loaded.
 
@@ -122,7 +130,7 @@ def chosen(model: nn.Module, spec: Spec, tied: Mapping[str, str] | None = None) 
         OptionError, FormatError: as `quantize_`, values of weights left aside: they may lie on the meta device.
     """
     plans = planned(model, spec, tied or {})
-    return [(name, f) for site, f, _ in plans if f is not None for name, _ in names_of(model, site)]
+    return [(site.parameter(name), f) for site, f, _ in plans if f is not None for name, _ in names_of(model, site)]
 
 
 def planned(
@@ -135,8 +143,10 @@ def planned(
     """
     choose = _chooser(model, spec)
     plans: list[tuple[Site, Format | None, str]] = []
-    for site in sites(model, tied):
+    for site in every(model, tied):
         form, reason = choose(site)
+        if form is not None and site.is_experts:
+            form = replace(form, dynamic=False)
         if form is not None and is_torchao(site.weight):
             form, reason = _of_torchao(site)
         if form is not None and isinstance(site.weight, QuantizedTensor):
@@ -158,11 +168,11 @@ def _of_torchao(site: Site) -> tuple[Format | None, str]:
 
 
 def prepare_saving(model: nn.Module, formats: Mapping[str, Format]) -> None:
-    """Let `save_pretrained` of a model of transformers save quantized weights, given by the names of their modules."""
+    """Let `save_pretrained` of a model of transformers save quantized weights, given by the names of parameters."""
     if formats and hasattr(model, "save_pretrained"):
         from llmcomp.hf_quantizer import attach  # brings in transformers, whose model this is
 
-        attach(model, {f"{name}.weight": form for name, form in formats.items()})
+        attach(model, formats)
 
 
 @contextmanager
@@ -192,7 +202,8 @@ def quantize_inputs(inputs: Sequence[object], spec: Format) -> bool:
     Raises:
         OptionError: a model is being trained, whose weights would stop to learn.
     """
-    floats = [x for x in inputs if isinstance(x, nn.Parameter) and x.dim() == 2 and not isinstance(x, QuantizedTensor)]
+    matrices = [x for x in inputs if isinstance(x, nn.Parameter) and x.dim() in (2, 3)]
+    floats = [x for x in matrices if not isinstance(x, QuantizedTensor)]
     read, models = {id(x) for x in floats}, models_of(floats)
     if torch.is_grad_enabled() and any(model.training for model in models):
         raise OptionError(
@@ -209,7 +220,9 @@ def _misfit(site: Site, form: Format) -> str | None:
         return "the weight has no shape yet: run the model once"
     if site.elsewhere:
         return f"the weight is {site.elsewhere} too, of a module that reads no quantized weights"
-    columns = site.matrix.shape[1]
+    columns = site.matrix.shape[-1]
+    if site.is_experts and form.two_four:
+        return "no kernel multiplies the rows of experts with 2:4 sparse weights"
     if site.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the weight is {site.weight.dtype}"
     if 0 in site.weight.shape:
@@ -230,7 +243,7 @@ def _chooser(model: nn.Module, spec: Spec) -> Chosen[Format]:
         assert form is not None
         return lambda site: _of_one(site, form)
     if isinstance(spec, Mapping):
-        return by_patterns(model, {pattern: parse_choice(choice) for pattern, choice in spec.items()})
+        return by_patterns(model, {p: parse_choice(choice) for p, choice in spec.items()}, every(model))
     if callable(spec):
         return by_function(model, lambda name, module: parse_choice(spec(name, module)))
     raise OptionError(
@@ -255,7 +268,7 @@ def parse_choice(choice: Choice) -> Format | None:
 
 
 def _of_one(site: Site, form: Format) -> tuple[Format | None, str]:
-    if not any(map(is_linear, site.holders)):
+    if not site.is_experts and not any(map(is_linear, site.holders)):
         return None, "it is an embedding"
     return (Int8() if site.is_head and form.bits == 4 else form), ""
 
@@ -288,6 +301,6 @@ def _apply(site: Site, form: Format | None, reason: str) -> Row:
         quantized = QuantizedTensor.quantize(latent.current() if latent else site.weight, form, site.transposed)
     parameter = nn.Parameter(quantized, requires_grad=False)
     for module in site.holders:
-        module.weight = parameter
+        setattr(module, site.key, parameter)
         forget(module)
     return Row(site.name, tuple(quantized.shape), form, "", before, quantized.nbytes)

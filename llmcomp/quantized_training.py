@@ -38,6 +38,8 @@ def train_quantized_(model: nn.Module, spec: Spec) -> Quantization:
 def _trainable(site: Site, form: Format | None, reason: str) -> tuple[Site, Format | None, str]:
     if form is not None and is_torchao(site.weight):
         return site, None, "torchao quantized it"
+    if form is not None and site.is_experts:
+        return site, None, "experts are trained as floats"
     return site, form, reason
 
 

@@ -1,6 +1,10 @@
-"""Where a model keeps its matrices, each once, and which of them a mapping of patterns or a function means."""
+"""Where a model keeps its matrices, each once, and which of them a mapping of patterns or a function means.
 
-from collections.abc import Callable, Iterator, Mapping
+sites(model)      linear layers and embeddings, by the names of their modules: model.layers.0.mlp.up_proj
+experts(model)    matrices of experts, several in one parameter, by its name: model.layers.0.mlp.experts.down_proj
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -12,6 +16,8 @@ from llmcomp.errors import OptionError
 T = TypeVar("T")
 Chosen = Callable[["Site"], tuple[T | None, str]]
 """What is done to a matrix: (it, ""), or (None, why nothing is)."""
+EXPERTS = ("is_transposed", "has_gate", "has_bias")  # what the decorator of transformers notes on a module
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 ROOT = "(the layer itself)"  # a layer that is the model has no name
 
 
@@ -19,7 +25,8 @@ ROOT = "(the layer itself)"  # a layer that is the model has no name
 class Site:
     """A matrix of weights and every module that holds it: several where weights are tied.
 
-    `elsewhere` names a parameter that it is too, of a module that is neither a linear layer nor an embedding.
+    `elsewhere` names a parameter that it is too, of a module that is neither a linear layer nor an embedding. `key` is
+    the attribute of the holders that is the weight. One of experts holds several matrices (E, N, K).
     """
 
     name: str
@@ -28,6 +35,7 @@ class Site:
     transposed: bool
     is_head: bool
     elsewhere: str = ""
+    key: str = "weight"
 
     @property
     def label(self) -> str:
@@ -36,8 +44,22 @@ class Site:
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as (N, K), a view where it is kept as (K, N)."""
-        return self.weight.t() if self.transposed else self.weight
+        """The weight as (N, K), a view where it is kept as (K, N); (E, N, K) of experts."""
+        return self.weight.mT if self.transposed else self.weight
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Each matrix (N, K)."""
+        return self.matrix.unbind() if self.is_experts else (self.matrix,)
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether these are matrices of experts."""
+        return self.key != "weight"
+
+    def parameter(self, name: str) -> str:
+        """The parameter that a name of this (one of `names_of`) stands for."""
+        return name if self.is_experts else f"{name}.weight".lstrip(".")
 
 
 def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[Site]:
@@ -58,6 +80,20 @@ def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[S
         is_head = (bool(linear) and len(linear) < len(holders)) or any(m is head for m in modules)
         others = [f"{name}.{key}".lstrip(".") for name, key, m in parameters if key != "weight" or not _reads(m)]
         yield Site(name, modules, weight, is_conv(module), is_head, others[0] if others else "")
+
+
+def experts(model: nn.Module) -> Iterator[Site]:
+    """The matrices of experts that transformers multiplies with sorted rows (`use_experts_implementation`)."""
+    for name, module in model.named_modules():
+        if not _has_experts(module):
+            continue
+        for key, weight in module._parameters.items():
+            if weight is not None and weight.dim() == 3 and key in PROJECTIONS:
+                yield Site(f"{name}.{key}".lstrip("."), (module,), weight, is_transposed(module), False, key=key)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, mark, None), bool) for mark in EXPERTS)
 
 
 def _held(model: nn.Module, tied: Mapping[str, str]) -> dict[int, list[tuple[str, str, nn.Module]]]:
@@ -82,6 +118,11 @@ def is_conv(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weights as (K, N), or as (E, K, N)."""
+    return is_conv(module) or (_has_experts(module) and bool(module.is_transposed))
+
+
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv(module)
 
@@ -97,7 +138,9 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
-    """The modules that hold a weight, with their names."""
+    """The modules that hold a weight, with their names; of experts, with that of the parameter."""
+    if site.is_experts:
+        return [(site.name, site.holders[0])]
     held = {id(holder) for holder in site.holders}
     return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in held]
 
@@ -112,13 +155,14 @@ def matrix(module: nn.Module) -> Tensor:
 # ---- which of them --------------------------------------------------------------------------------------------------
 
 
-def by_patterns(model: nn.Module, choices: Mapping[str, T | None]) -> Chosen[T]:
-    """The choice of the first pattern (as in `fnmatch`) that matches a name of a matrix; None leaves it alone.
+def by_patterns(model: nn.Module, choices: Mapping[str, T | None], found: Iterable[Site]) -> Chosen[T]:
+    """The choice of the first pattern (as in `fnmatch`) that matches a name of one of the matrices `found`; None leaves
+    it alone.
 
     Raises:
         OptionError: a pattern matches no matrix.
     """
-    names = [name for site in sites(model) for name, _ in names_of(model, site)]
+    names = [name for site in found for name, _ in names_of(model, site)]
     for pattern in choices:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OptionError(

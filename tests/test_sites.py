@@ -53,7 +53,7 @@ def test_names_of_parameters_that_will_be_tied() -> None:
 
 def test_the_first_pattern_counts() -> None:
     model = llama(tied=False)
-    choose = by_patterns(model, {"*.q_proj": 1, "*.self_attn.*": None, "*_proj": 2})
+    choose = by_patterns(model, {"*.q_proj": 1, "*.self_attn.*": None, "*_proj": 2}, sites(model))
     found = {site.name.rsplit(".", 1)[-1]: choose(site) for site in sites(model)}
     assert found["q_proj"] == (1, "") and found["up_proj"] == (2, "")
     assert found["k_proj"] == (None, "'*.self_attn.*' leaves it alone")
@@ -62,7 +62,7 @@ def test_the_first_pattern_counts() -> None:
 
 def test_a_pattern_without_a_match_is_refused() -> None:
     with pytest.raises(OptionError, match=r"found '\*\.query', which matches none: the names are model\.embed_tokens"):
-        by_patterns(llama(tied=False), {"*.query": 1})
+        by_patterns(model := llama(tied=False), {"*.query": 1}, sites(model))
 
 
 def test_a_function_sees_every_holder() -> None:
