@@ -33,6 +33,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 
 from llmcomp import compat, integrate
 from llmcomp.backend import llmcomp
+from llmcomp.caller import argument_of_generate
 from llmcomp.decoding import Decoding, Engine, LookupDecoding, Task
 from llmcomp.errors import GenerationError
 from llmcomp.forward import Forward
@@ -151,17 +152,30 @@ def custom_generate(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     seed: int | Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | list[str] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | Output:
     """The loop in the form that transformers calls: `model.generate(ids, custom_generate=llmcomp.custom_generate)`.
 
-    `seed` is an argument of `generate` then. Transformers does not hand a streamer or a tokenizer to such a function:
-    for those call `llmcomp.generate`, or bind a streamer with `functools.partial(custom_generate, streamer=...)`.
+    `streamer`, `seed` and `stop_strings` are arguments of `generate` then. The tokenizer that stop strings need has to
+    be bound, `functools.partial(llmcomp.custom_generate, tokenizer=tokenizer)`, for transformers keeps it to itself.
+    A streamer may be bound too; it gets the prompt and the tokens.
 
     Raises:
         GenerationError: what was asked for needs another loop, or contradicts itself.
     """
-    asked = Asked(seed, streamer)
+    if argument_of_generate("assistant_model") is not None:
+        raise GenerationError(
+            "expected no assistant_model for this loop, found one: leave custom_generate out, or guess with "
+            "prompt_lookup_num_tokens"
+        )
+    shown = cast("BaseStreamer | None", argument_of_generate("streamer"))  # transformers put the prompt there
+    if streamer is not None and streamer is not shown:
+        streamer.put(input_ids.cpu())
+    if stop_strings is not None:
+        stopping_criteria = StoppingCriteriaList([*stopping_criteria, _stop_strings(stop_strings, tokenizer)])
+    asked = Asked(seed, shown if streamer is None else streamer)
     return _finished(
         _begin(model, input_ids, logits_processor, stopping_criteria, generation_config, asked, **model_kwargs)
     )
@@ -295,7 +309,10 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _stop_strings(strings: object, tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria:
     if tokenizer is None:
-        raise GenerationError(f"expected a tokenizer for stop_strings={strings!r}, found none: pass tokenizer=")
+        raise GenerationError(
+            f"expected a tokenizer for stop_strings={strings!r}, found none: pass tokenizer= to llmcomp.generate, or "
+            "custom_generate=functools.partial(llmcomp.custom_generate, tokenizer=...) to generate of transformers"
+        )
     return StopStringCriteria(tokenizer, cast("str | list[str]", strings))
 
 

@@ -345,10 +345,33 @@ def test_transformers_calls_the_loop(eager: PreTrainedModel, compiled: PreTraine
     draw = partial(compiled.generate, **PADDED, max_new_tokens=4, do_sample=True)
     drawn = draw(custom_generate=llmcomp.custom_generate, seed=3)
     assert torch.equal(drawn, llmcomp.generate(compiled, **PADDED, max_new_tokens=4, do_sample=True, seed=3))
-    recorder = Recorder()
-    bound = partial(llmcomp.custom_generate, streamer=recorder)
-    compiled.generate(token_ids(1, 9, 0), max_new_tokens=2, custom_generate=bound, streamer=recorder)
-    assert len(recorder.got) == 4 and recorder.got[-1] == "end"
+
+
+@pytest.mark.parametrize(("given", "bound"), [(True, False), (False, True), (True, True)])
+def test_transformers_streams_the_loop(eager: PreTrainedModel, compiled: PreTrainedModel, given, bound) -> None:
+    """The prompt once and every token, though transformers does not hand a streamer to functions of others."""
+    ids, theirs, ours = token_ids(1, 9, 0), Recorder(), Recorder()
+    eager.generate(ids, max_new_tokens=4, streamer=theirs)
+    loop = partial(llmcomp.custom_generate, streamer=ours) if bound else llmcomp.custom_generate
+    compiled.generate(ids, max_new_tokens=4, custom_generate=loop, **({"streamer": ours} if given else {}))
+    assert [repr(x) for x in ours.got] == [repr(x) for x in theirs.got]
+
+
+def test_transformers_stops_the_loop_at_strings(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
+    ids = token_ids(1, 9, 0)
+    end = "".join(chr(97 + t) for t in eager.generate(ids, max_new_tokens=12)[0, 12:14].tolist())
+    settings = {"max_new_tokens": 12, "stop_strings": end}
+    expected = eager.generate(ids, **settings, tokenizer=letters())
+    assert 9 < expected.shape[1] < 21
+    loop = partial(llmcomp.custom_generate, tokenizer=letters())
+    assert torch.equal(compiled.generate(ids, **settings, custom_generate=loop), expected)
+    with pytest.raises(GenerationError, match="partial"):
+        compiled.generate(ids, **settings, tokenizer=letters(), custom_generate=llmcomp.custom_generate)
+
+
+def test_the_loop_refuses_an_assistant(eager: PreTrainedModel, compiled: PreTrainedModel) -> None:
+    with pytest.raises(GenerationError, match="leave custom_generate out"):
+        compiled.generate(token_ids(1, 9, 0), assistant_model=eager, custom_generate=llmcomp.custom_generate)
 
 
 @pytest.mark.sweep
