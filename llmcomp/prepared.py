@@ -28,7 +28,7 @@ from llmcomp.graph import text, val
 from llmcomp.pairs import NotSparse
 from llmcomp.passes.compress import share_of_coded_zeros
 from llmcomp.passes.prune import FACTS
-from llmcomp.passes.zero_structure import PREPARED, Zero, share_of_zeros
+from llmcomp.passes.zero_structure import PREPARED, Zero, is_mask, share_of_zeros
 from llmcomp.report import Program
 
 log = logging.getLogger("llmcomp")
@@ -82,8 +82,14 @@ def weights_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
         if value.shape != val(node).shape or value.dtype != val(node).dtype or not _readable(value):
             return {}
         found[node.name] = value
-    matrices = (v for v in found.values() if v.dim() == 2 and v.is_floating_point())
-    return found if any(share_of_zeros(v) > FEWEST_ZEROS for v in matrices) or _has_coded_zeros(gm, found) else {}
+    return found if any(map(_holds_zeros, found.values())) or _has_coded_zeros(gm, found) else {}
+
+
+def _holds_zeros(value: Tensor) -> bool:
+    """Whether a tensor is a matrix with zeros, or a mask."""
+    if value.is_floating_point():
+        return value.dim() == 2 and share_of_zeros(value) > FEWEST_ZEROS
+    return 1 <= value.dim() <= 2 and is_mask(value) and bool(value.any())
 
 
 def _has_coded_zeros(gm: GraphModule, found: Mapping[str, Tensor]) -> bool:

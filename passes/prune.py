@@ -1,6 +1,7 @@
 """Weights that are zero are neither read nor multiplied.
 
     mul(weight, mask)                   ->  the same, computed once and not in every call
+    where(mask, weight, 0)              ->  the same; masked_fill too
     add(residual, linear(x, zeros))     ->  residual
     channels and heads that don't count ->  smaller matrices, and less of what lies between: passes/shrink.py
     blocks of zeros, 2:4, scattered     ->  compressed matrices: passes/compress.py
@@ -23,11 +24,14 @@ from llmcomp.passes.compress import compress
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.narrow import Indices
 from llmcomp.passes.shrink import shrink_heads, shrink_operands, shrink_streams
-from llmcomp.passes.zero_structure import PREPARED, Values
+from llmcomp.passes.zero_structure import FILLS, PREPARED, Values, is_mask
 from llmcomp.products import LINEAR
 
 aten = torch.ops.aten
 FACTS = "zero_facts"
+MULTIPLIED = (aten.mul.Tensor,)
+FILLED = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+CHOSEN = (aten.where.self, *FILLED)
 
 
 def prune(weights: Mapping[str, Tensor], packs: bool = False, skips: int = 0) -> Pass:
@@ -71,24 +75,41 @@ def _saving(name: str, step: Callable[[], None], graph: Graph, report: Report) -
 
 
 def _fold_masks(graph: Graph, values: Values, report: Report) -> None:
-    for node in list(graph.find_nodes(op="call_function", target=aten.mul.Tensor)):
-        operands = [values.of(n) for n in node.all_input_nodes]
-        known = [value for value in operands if value is not None]
-        if len(known) != 2 or len(operands) != 2:
+    folds = {target: find for targets, find in ((MULTIPLIED, _multiplied), (CHOSEN, _chosen)) for target in targets}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or (find := folds.get(node.target)) is None:
             continue
-        masks = [value for value in known if _is_mask(value)]
-        if not masks:
-            continue
+        masks = find(node, values)
         if any(value.requires_grad for value in masks):
             report.miss(node, "the mask requires grad: it is learned, and multiplied in every call")
-        else:
+        elif masks:
             node.meta[PREPARED] = True
             report.rewrites += 1
 
 
-def _is_mask(value: Tensor) -> bool:
-    """Whether a tensor holds zeros and ones, of both some."""
-    return bool(((value == 0) | (value == 1)).all()) and bool((value == 0).any())
+def _multiplied(node: Node, values: Values) -> list[Tensor]:
+    """The masks of weight * mask, where both are known."""
+    operands = [values.of(n) for n in node.all_input_nodes]
+    known = [value for value in operands if value is not None]
+    return [value for value in known if is_mask(value)] if len(known) == len(operands) == 2 else []
+
+
+def _chosen(node: Node, values: Values) -> list[Tensor]:
+    """The mask of where(mask, weight, 0) or masked_fill(weight, mask, 0), where both are known."""
+    weight, mask, fill = node.args[:3] if node.target in FILLED else (node.args[1], node.args[0], node.args[2])
+    if _is_nothing(weight, values):
+        weight, fill = fill, weight
+    where = values.of(mask)
+    known = where is not None and values.of(weight) is not None and _is_nothing(fill, values)
+    return [where] if known and where is not None and is_mask(where) else []
+
+
+def _is_nothing(value: object, values: Values) -> bool:
+    """Whether an argument is 0, or nothing but zeros."""
+    if isinstance(value, Node):
+        found = values.of(value) if value.target in FILLS or value.op == "get_attr" else None
+        return found is not None and not bool(found.any())
+    return value == 0
 
 
 # ---- layers that add nothing ----------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ PREPARED = "prepared"
 """Marks a node that is computed of weights alone, once and not in every call."""
 UNARY = (aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default, aten.neg.default)
 CASTS = (aten._to_copy.default,)
+LOGIC = (aten.bitwise_not.default, aten.logical_not.default, aten.eq.Scalar, aten.ne.Scalar)  # of masks
+FILLS = (aten.scalar_tensor.default, aten.full.default, aten.zeros_like.default)
 VIEWS = (aten.slice.Tensor, aten.view.default, aten._unsafe_view.default)  # where the last axis stays
 SAMPLE = 64  # rows or columns that are looked at first
 VANISHING = frozenset(ACTIVATIONS) - {"sigmoid"}  # activations of gated that are 0 at 0
@@ -54,10 +56,11 @@ class Values:
             return found
         if node in self._made:
             return self._made[node]
-        if not (node.meta.get(PREPARED) or is_view(node) or node.target in CASTS) or node.op != "call_function":
+        simple = is_view(node) or node.target in (*CASTS, *LOGIC, *FILLS)
+        if not (node.meta.get(PREPARED) or simple) or node.op != "call_function":
             return None
         given = {n: self.of(n) for n in node.all_input_nodes}
-        if not given or any(value is None for value in given.values()):
+        if not (given or node.target in FILLS) or any(value is None for value in given.values()):
             return None
         with torch.no_grad():
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
@@ -139,6 +142,11 @@ def _zero_slices(value: Tensor, dim: int) -> Tensor:
         return value == 0
     some = (value.narrow(1 - dim, 0, min(SAMPLE, value.shape[1 - dim])) == 0).all(1 - dim)
     return (value == 0).all(1 - dim) if bool(some.any()) else some
+
+
+def is_mask(value: Tensor) -> bool:
+    """Whether a tensor holds zeros and ones, or False and True, and some of the first."""
+    return bool(((value == 0) | (value == 1)).all()) and bool((value == 0).any())
 
 
 def share_of_zeros(value: Tensor) -> float:

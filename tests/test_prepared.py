@@ -165,6 +165,29 @@ def test_torch_prune(graphs: list[GraphReport]) -> None:
     check(compiled, model)
 
 
+class Chosen(nn.Module):
+    """A dense weight of which a buffer says what counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+        self.register_buffer("mask", torch.rand(32, 32) > 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask)
+
+
+def test_a_mask_of_bools_over_a_dense_weight(graphs: list[GraphReport]) -> None:
+    torch.manual_seed(0)
+    model, x = Chosen(), torch.randn(3, 32)
+    run = torch.compile(model, backend="llmcomp")
+    with torch.no_grad():
+        for _ in range(2):
+            assert_equal_float32(run(x), model(x))
+            model.mask.logical_not_()
+    assert sum(r.report.rewrites for g in graphs for r in g.passes if r.name == "prune") == 1
+
+
 def test_training_gives_the_gradients_of_eager(graphs: list[GraphReport]) -> None:
     model = llama().train()
     llmcomp.prune_(model, "2:4")

@@ -1,5 +1,7 @@
 """passes/prune.py: what is zero is neither read nor multiplied, exactly."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -231,6 +233,56 @@ def some() -> Tensor:
 def test_a_plain_mask() -> None:
     model = Masked(nn.Parameter(some(), requires_grad=False))
     assert pruned(model, (X,))[1].rewrites == 1
+
+
+MASKINGS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda weight, mask: weight * mask,
+    lambda weight, mask: weight * mask.long(),
+    lambda weight, mask: ~mask * weight,
+    lambda weight, mask: weight * mask[:, :1],
+    lambda weight, mask: torch.where(mask, weight, 0),
+    lambda weight, mask: torch.where(mask == 0, torch.zeros_like(weight), weight),
+    lambda weight, mask: weight.masked_fill(~mask, 0),
+    lambda weight, mask: weight.masked_fill(mask.logical_not(), torch.tensor(0.0, dtype=weight.dtype)),
+]
+
+
+@pytest.mark.parametrize("masked", MASKINGS)
+def test_masks_that_are_no_floats(masked: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Masked(some().bool())
+    _, report, parts = pruned(lambda x: nn.functional.linear(x, masked(model.weight, model.mask)), (X,))
+    assert report.rewrites == 1 and len(parts.pieces) == 1
+    assert [n.name for n in parts.main.graph.nodes if n.op == "call_function"] == ["linear_default"]
+
+
+def test_chosen_zeros_are_folded() -> None:
+    model = Masked(some().bool())
+    printed, _, _ = pruned(lambda x: nn.functional.linear(x, torch.where(model.mask, model.weight, 0)), (X,))
+    assert_expected_inline(
+        printed,
+        """\
+scalar_tensor: f64[] = aten.scalar_tensor(0, dtype=f64, layout=torch.strided, device=cpu)
+where: f64[8, 32] = aten.where(w1, w0, scalar_tensor)
+linear: f64[2, 8] = llmcomp.linear(x0, where, None, False)
+return (linear)""",
+    )
+
+
+@pytest.mark.parametrize("value", [1.0, -0.5])
+def test_what_is_filled_with_something_is_left_alone(value: float) -> None:
+    model = Masked(some().bool())
+    fn = lambda x: nn.functional.linear(x, model.weight.masked_fill(model.mask, value))  # noqa: E731
+    assert pruned(fn, (X,))[1].rewrites == 0
+    fn = lambda x: nn.functional.linear(x, torch.where(model.mask, model.weight, value))  # noqa: E731
+    assert pruned(fn, (X,))[1].rewrites == 0
+
+
+def test_what_is_chosen_by_an_input_is_left_alone() -> None:
+    model = Masked(some().bool())
+    fn = lambda x: nn.functional.linear(x, torch.where(x[:1] > 0, model.weight, 0))  # noqa: E731
+    assert pruned(fn, (X,))[1].rewrites == 0
+    fn = lambda x: torch.where(model.mask[0], x, 0) * 2  # noqa: E731
+    assert pruned(fn, (X,))[1].rewrites == 0
 
 
 def test_a_mask_that_learns_is_left_alone() -> None:
