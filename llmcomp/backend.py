@@ -174,13 +174,13 @@ def compile_cached(gm: GraphModule, options: Options) -> Program:
 
 
 def wanted(gm: GraphModule, passes: tuple[Pass, ...], options: Options) -> tuple[Pass, ...]:
-    """The passes for one graph: a KV cache is inserted into whole inference graphs, and the passes before it are
-    done where it has been.
+    """The passes for one graph: a KV cache is inserted into whole inference graphs (of those that record gradients the
+    pass says so), and the passes before it are done where it has been.
     """
     at = [p.name for p in passes].index(INSERT_KV_CACHE)
     if gm.meta.get("kind") == CACHED:
         return passes[at + 1 :]
-    inserts = options.kv_cache == "auto" and gm.meta.get("kind") == "inference"
+    inserts = options.kv_cache == "auto" and gm.meta.get("kind") in ("inference", "forward")
     return passes if inserts else passes[:at] + passes[at + 1 :]
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from torch import SymInt
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument
 
@@ -81,20 +82,55 @@ def insert_kv_cache(dtype: torch.dtype | None = None) -> Pass:
 
     def run(graph: Graph, report: Report) -> None:
         gm = graph.owning_module
-        if gm is None or not _attends(graph):
+        forward = gm is not None and gm.meta.get("kind") == "forward"
+        attention = next(_attentions(graph, forward), None)
+        if gm is None or attention is None:
+            return
+        if forward:
+            report.miss(
+                attention, "the graph records gradients: a loop under torch.no_grad() computes only what is new"
+            )
             return
         failure: Mixing | None = None
         for length in _lengths(graph):
             try:
-                gm.meta[PLAN] = _with_codes(prove(gm, length), gm, dtype)
+                gm.meta[PLAN] = _with_codes(_with_masks(prove(gm, length), gm), gm, dtype)
                 report.rewrites += 1
                 return
             except Mixing as mixing:
                 failure = failure or mixing
         if failure is not None:
             report.miss(failure.node, failure.reason)
+        elif not any(True for _ in _lengths(graph)):
+            report.miss(attention, "the sequence has a fixed length: from the second length on it may vary")
 
     return Pass(NAME, run, needs=frozenset({SHAPES}))
+
+
+def _attentions(graph: Graph, forward: bool) -> Iterator[Node]:
+    """The attention of a graph; where gradients are recorded it is torch's own."""
+    yield from graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default)
+    if forward:
+        yield from (n for n in graph.nodes if "scaled_dot_product" in str(n.target))
+
+
+def _with_masks(plan: Plan, gm: GraphModule) -> Plan:
+    """The proof of `gm` where inputs that say something of every token (a mask, positions) grow with the tokens.
+
+    Dynamo gives each input a length of its own. Where those are equal now, the graph is made for such calls alone: a
+    guard says so, and a call with other lengths is traced anew.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    length, found = val(inputs[plan.sequences[0].position]).shape[plan.sequences[0].axis], False
+    assert isinstance(length, SymInt)
+    for node in inputs:
+        if not is_tensor(node) or node.meta.get("static") or val(node).dtype.is_floating_point:
+            continue
+        for size in val(node).shape:
+            if isinstance(size, SymInt) and expression(size).is_Symbol and expression(size) != expression(length):
+                if size.node.has_hint() and size.node.hint == length.node.hint:
+                    found = bool(size == length) or found  # adds the guard
+    return prove(gm, expression(length)) if found else plan
 
 
 def _with_codes(plan: Plan, gm: GraphModule, dtype: torch.dtype | None) -> Plan:
@@ -108,10 +144,6 @@ def _with_codes(plan: Plan, gm: GraphModule, dtype: torch.dtype | None) -> Plan:
         assert dtype is not None
         quantize_operand(operand, dtype)
     return prove(gm, plan.length) if operands else plan
-
-
-def _attends(graph: Graph) -> bool:
-    return any(True for _ in graph.find_nodes(op="call_function", target=torch.ops.llmcomp.attention.default))
 
 
 def _lengths(graph: Graph) -> Iterator[sympy.Symbol]:
