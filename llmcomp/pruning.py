@@ -20,7 +20,7 @@ from llmcomp.masks import held, hold
 from llmcomp.prune_data import prune_with_data
 from llmcomp.quantized import QuantizedTensor
 from llmcomp.saliency import keep_blocks, keep_largest, keep_of_groups
-from llmcomp.sites import Chosen, Site, by_function, by_patterns, is_linear, sites
+from llmcomp.sites import Chosen, Site, by_function, by_patterns, computed_sites, is_linear, sites, why_computed
 from llmcomp.sparsity import NM, Block, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
 from llmcomp.token_batches import Batches, token_batches
 from llmcomp.units import unit_masks
@@ -141,7 +141,7 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
     """
     choose = _chooser(model, spec)
     plans = []
-    for site in sites(model):
+    for site in _sites(model):
         by, reason = choose(site)
         if by is not None and (problem := _misfit(site, by)) is not None:
             if not isinstance(spec, Sparsity):
@@ -151,9 +151,16 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
     return plans
 
 
+def _sites(model: nn.Module) -> list[Site]:
+    """The matrices that may be pruned, and those that something else masks."""
+    return [*sites(model), *computed_sites(model)]
+
+
 def _misfit(site: Site, by: Sparsity) -> str | None:
     """Why a matrix can't be pruned so, or None."""
     weight, columns = site.weight, site.matrix.shape[-1]
+    if (computed := why_computed(site.holders[0])) is not None:
+        return computed
     if isinstance(weight, QuantizedTensor):
         return f"it is {weight.format}: prune a model before it is quantized"
     if weight.dtype not in FLOATS or 0 in weight.shape:
@@ -173,7 +180,7 @@ def _chooser(model: nn.Module, spec: object) -> Chosen[Sparsity]:
     if isinstance(spec, Sparsity):
         return lambda site: _of_one(site, spec)
     if isinstance(spec, Mapping):
-        return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()}, sites(model))
+        return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()}, _sites(model))
     if callable(spec):
         return by_function(model, lambda name, module: _value(spec(name, module)))
     raise OptionError(

@@ -56,6 +56,9 @@ class PruningSchedule:
                 raise OptionError(f"expected Magnitude of each tensor, or Movement, in a schedule, found {plan.by!r}")
             if not plan.site.weight.requires_grad:
                 raise PruneError(f"expected weights that are trained, found {plan.site.name} frozen: leave it out")
+        if not chosen:
+            left = "; ".join(f"{plan.site.label}: {plan.reason}" for plan in self._plans[:3]) or "it has none"
+            raise PruneError(f"expected matrices to prune in this model, found none ({left}): pass another spec")
         self._matrices = [
             _Matrix(plan.site.name, plan.site.holders, plan.by.sparsity, isinstance(plan.by, Movement))
             for plan in chosen

@@ -92,6 +92,23 @@ def experts(model: nn.Module) -> Iterator[Site]:
                 yield Site(f"{name}.{key}".lstrip("."), (module,), weight, is_transposed(module), False, key=key)
 
 
+def computed_sites(model: nn.Module) -> Iterator[Site]:
+    """Matrices of linear layers and embeddings whose weight is no parameter: it is computed of others in every call."""
+    head = _head(model)
+    for name, module in model.named_modules():
+        if _reads(module) and why_computed(module) is not None and isinstance(weight := module.weight, Tensor):
+            yield Site(name, (module,), weight.detach(), is_conv(module), module is head)
+
+
+def why_computed(module: nn.Module, key: str = "weight") -> str | None:
+    """What computes an attribute that a module has for a parameter, and how that is ended; None where it is one."""
+    if key in module._parameters or not isinstance(getattr(module, key, None), Tensor):
+        return None
+    if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers:
+        return f'torch.nn.utils.prune masks it: call torch.nn.utils.prune.remove(module, "{key}") first'
+    return f"its {key} is computed in every call: end that first, as torch.nn.utils.parametrize.remove_parametrizations"
+
+
 def _has_experts(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, mark, None), bool) for mark in EXPERTS)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmcomp.errors import FormatError, PruneError
 from llmcomp.layerwise import decoder_layers, evaluating, run_model
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import is_conv, is_linear, matrix
+from llmcomp.sites import is_conv, is_linear, matrix, why_computed
 from llmcomp.sparsity import Structured
 from llmcomp.token_batches import TokenBatch
 
@@ -64,6 +64,7 @@ def unit_masks(model: nn.Module, by: Structured, batches: Sequence[TokenBatch]) 
     if by.layers >= len(layers):
         raise PruneError(f"expected some layers to stay, found {by.layers} of {len(layers)} to go")
     _require_floats(model)
+    _require_parameters(model, layers, [*heads, *channels])
     worth = _worth(model, layers, [*heads, *channels], by, batches)
     masks: dict[int, Tensor] = {}
     for blocks, wanted in ((heads, by.heads), (channels, by.channels)):
@@ -100,6 +101,16 @@ def _require_floats(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QuantizedTensor):
             raise PruneError(f"expected float weights, found {name} in {parameter.format}: prune before quantizing")
+
+
+def _require_parameters(model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block]) -> None:
+    """Refuse weights and biases that something else computes: they would not stay zero."""
+    affected = {m for layer in layers for m in layer.modules() if is_linear(m)}
+    affected.update(m for block in blocks for m in (*block.makers, block.reader))
+    for name, module in model.named_modules():
+        for key in ("weight", "bias") if module in affected else ():
+            if (reason := why_computed(module, key)) is not None:
+                raise PruneError(f"expected parameters to prune, found {name}.{key}, which is none: {reason}")
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------

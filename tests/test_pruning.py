@@ -1,11 +1,13 @@
 """`prune_`: what is pruned, what is left, refusals; masks hold in training and are found again after saving."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -14,9 +16,10 @@ from llmcomp import prune_data
 from llmcomp.errors import FormatError, LlmcompError, OptionError, PruneError
 from llmcomp.masks import masks
 from llmcomp.pruning import prune_
+from llmcomp.pruning_schedule import PruningSchedule
 from llmcomp.quantization import quantize_
 from llmcomp.sparsegpt import sparsegpt
-from llmcomp.sparsity import NM, Block, Magnitude, SparseGPT, Wanda, Zeros
+from llmcomp.sparsity import NM, Block, Magnitude, Movement, SparseGPT, Wanda, Zeros
 from tests.quantizable import IDS, llama, logits
 
 DATA = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -111,6 +114,42 @@ def test_what_does_not_fit_is_left_and_listed() -> None:
     done = prune_(model, "2:4")
     assert [r.name for r in done.pruned] == ["0"]
     assert "does not divide its 6 inputs" in done.left[0].reason and "int8" in done.left[1].reason
+
+
+REMOVE = r"torch.nn.utils.prune.remove\(module, \"weight\"\)"
+
+
+def test_what_torch_prunes_is_left_and_listed() -> None:
+    model = llama(tied=False)
+    mlp = model.model.layers[0].mlp
+    torch_prune.l1_unstructured(mlp.gate_proj, "weight", 0.5)
+    name = "model.layers.0.mlp.gate_proj"
+    for spec in ("2:4", Zeros(), Wanda(0.5)):
+        done = prune_(model, spec, DATA)
+        reason = {row.name: row.reason for row in done.left}[name]
+        assert re.search(REMOVE, reason) and name not in {row.name for row in done.pruned}
+    schedule = PruningSchedule(model, Movement(0.5), 5)
+    assert name in {row.name for row in schedule.report().left}
+    for spec in ({"*.gate_proj": "2:4"}, lambda name, module: "2:4", llmcomp.Structured(channels=0.25)):
+        with pytest.raises(PruneError, match=REMOVE):
+            prune_(model, spec)
+    torch_prune.remove(mlp.gate_proj, "weight")
+    assert name in {row.name for row in prune_(model, Zeros()).pruned}
+    prune_(model, llmcomp.Structured(channels=0.25))
+
+
+def test_a_schedule_of_nothing() -> None:
+    model = nn.Linear(8, 8)
+    torch_prune.l1_unstructured(model, "weight", 0.5)
+    with pytest.raises(PruneError, match=REMOVE):
+        PruningSchedule(model, Movement(0.5), 5)
+
+
+def test_weights_that_are_parametrized_are_left_and_listed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.utils.parametrizations.weight_norm(model[0])
+    done = prune_(model, "50%")
+    assert [row.name for row in done.pruned] == ["1"] and "remove_parametrizations" in done.left[0].reason
 
 
 @pytest.mark.parametrize(
