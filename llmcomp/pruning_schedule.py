@@ -18,12 +18,25 @@ from llmcomp.errors import OptionError, PruneError
 from llmcomp.masks import Held, hold
 from llmcomp.pruning import PruneSpec, Pruning, planned, pruning_of
 from llmcomp.saliency import keep_largest
-from llmcomp.sparsity import Magnitude, Movement, require_fraction
+from llmcomp.sparsity import Magnitude, Movement, Sparsity, parse_sparsity, require_fraction
 
 
 def cubic(progress: float, initial: float, final: float) -> float:
     """The sparsity at `progress` in [0, 1]."""
     return final + (initial - final) * (1 - progress) ** 3
+
+
+def _require_gradual(by: Sparsity) -> None:
+    """Refuse what has no sparsity of each matrix that could rise.
+
+    Raises:
+        OptionError: says which can.
+    """
+    if not isinstance(by, Magnitude | Movement) or getattr(by, "scope", "tensor") != "tensor":
+        raise OptionError(
+            f"expected Magnitude of each tensor, or Movement, in a schedule, found {by!r}: pass Magnitude(0.5), which "
+            'is "50%", or Movement(0.5); all others prune at once, by llmcomp.prune_'
+        )
 
 
 class PruningSchedule:
@@ -49,11 +62,14 @@ class PruningSchedule:
             )
         require_fraction("initial", initial)
         self.steps, self.begin, self.every, self.initial, self.count = steps, begin, every, initial, 0
-        self._plans = planned(model, spec)
+        given = parse_sparsity(spec) if isinstance(spec, str) else spec
+        if isinstance(given, Sparsity):
+            _require_gradual(given)
+        self._plans = planned(model, given)
         chosen = [plan for plan in self._plans if plan.by is not None]
         for plan in chosen:
-            if not isinstance(plan.by, Magnitude | Movement) or getattr(plan.by, "scope", "tensor") != "tensor":
-                raise OptionError(f"expected Magnitude of each tensor, or Movement, in a schedule, found {plan.by!r}")
+            assert plan.by is not None
+            _require_gradual(plan.by)
             if not plan.site.weight.requires_grad:
                 raise PruneError(f"expected weights that are trained, found {plan.site.name} frozen: leave it out")
         if not chosen:

@@ -8,6 +8,7 @@ from torch import nn
 
 import llmcomp
 from llmcomp.errors import LlmcompError, OptionError, PruneError
+from llmcomp.pruning import PruneSpec
 from llmcomp.pruning_schedule import PruningSchedule, cubic
 from llmcomp.sparsity import NM, Magnitude, Movement
 
@@ -75,6 +76,7 @@ def test_what_moves_away_from_zero_comes_back() -> None:
         (Magnitude(0.5), {"steps": 5, "initial": 1.0}, OptionError),
         (Magnitude(0.5, "global"), {"steps": 5}, OptionError),
         (NM(2, 4), {"steps": 5}, OptionError),
+        ("4-2", {"steps": 5}, OptionError),
     ],
 )
 def test_refusals(spec: object, settings: dict[str, int], error: type[LlmcompError]) -> None:
@@ -82,6 +84,23 @@ def test_refusals(spec: object, settings: dict[str, int], error: type[LlmcompErr
     with pytest.raises(error, match="expected"):
         PruningSchedule(model, spec, **settings)  # type: ignore[arg-type]
     assert zeros(model) == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["2:4", Magnitude(0.5, "global"), llmcomp.Wanda(0.5), llmcomp.Structured(layers=1), {"": "2:4"}, llmcomp.Zeros()],
+)
+def test_what_cannot_rise_says_what_can(spec: PruneSpec) -> None:
+    with pytest.raises(OptionError, match=r"Magnitude\(0.5\), which is \"50%\", or Movement\(0.5\)"):
+        PruningSchedule(nn.Linear(4, 3), spec, steps=5)
+
+
+def test_names_of_specs() -> None:
+    model = nn.Linear(4, 4)
+    schedule = PruningSchedule(model, "50%", 2)
+    schedule.step()
+    schedule.step()
+    assert zeros(model) == 0.5 and schedule.report().pruned[0].by == Magnitude(0.5)
 
 
 def test_frozen_weights_and_movement_without_a_schedule() -> None:
