@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+from llmcomp.errors import GenerationError
 
 # What the calls after the prompt may be given for their inputs to be known.
 KNOWN = frozenset({"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"})
@@ -23,6 +26,7 @@ class Forward:
         self.model: Any = model
         self.config = config
         self.inputs = inputs
+        self.room = _room(self.cache)  # positions that the cache can hold, None where it grows
         self.known = False  # whether the inputs of calls behind the prompt are known
 
     @property
@@ -34,7 +38,12 @@ class Forward:
         return None
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """The logits (rows, vocabulary) behind the prompt `ids` (rows, length)."""
+        """The logits (rows, vocabulary) behind the prompt `ids` (rows, length).
+
+        Raises:
+            GenerationError: the cache is of fixed size, and too small; `more` raises it too.
+        """
+        self._check_room(ids.shape[1])
         outputs = self.model._prefill(ids, self.config, self.inputs)
         self._update(outputs)
         self.known = self._is_known(ids)
@@ -50,6 +59,7 @@ class Forward:
         The first of them is the last of `text` (rows, length), all tokens so far.
         """
         count = tokens.shape[1]
+        self._check_room(text.shape[1] + count - 1)
         if self.known:
             outputs = self.model(**self._next(tokens), return_dict=True)
             self._extend(1)
@@ -72,6 +82,13 @@ class Forward:
     def record(self) -> None:
         """Have caches with a window keep what `take_back` needs."""
         self.cache.activate_past_recording()
+
+    def _check_room(self, length: int) -> None:
+        if self.room is not None and length > self.room:
+            raise GenerationError(
+                f"expected a cache with room for {length} tokens, found a {type(self.cache).__name__} of {self.room}: "
+                "make it with max_cache_len of the prompt's length and max_new_tokens, or end earlier"
+            )
 
     def _is_known(self, ids: Tensor) -> bool:
         kind, cache = type(self.model), self.inputs.get("past_key_values")
@@ -135,6 +152,12 @@ class Forward:
         elif positions is not None:
             ahead = torch.arange(1, max(count, 0) + 1, device=positions.device)
             self.inputs["position_ids"] = _resized(positions, count, positions[..., -1:] + ahead)
+
+
+def _room(cache: Any) -> int | None:
+    """How many positions fit into the layers of `cache` that are of fixed size and keep all of them."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", ())
+    return min((x.max_cache_len for x in layers if isinstance(x, StaticLayer) and not x.is_sliding), default=None)
 
 
 def _resized(x: Tensor, count: int, more: Tensor) -> Tensor:

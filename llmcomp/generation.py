@@ -11,7 +11,6 @@ those of llmcomp/decoding.py. A model of which nothing is compiled is compiled f
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +23,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -37,26 +35,21 @@ from llmcomp.caller import argument_of_generate
 from llmcomp.decoding import Decoding, Engine, LookupDecoding, Task
 from llmcomp.errors import GenerationError
 from llmcomp.forward import Forward
+from llmcomp.generation_checks import (
+    check_length,
+    check_lookup,
+    check_loop,
+    check_mask,
+    check_prompt,
+    check_settings,
+    check_whole,
+    read_seed,
+)
 from llmcomp.options import read_options
 from llmcomp.processors import read_criteria, read_processors
 from llmcomp.prompt_lookup import NGRAM
 
 Output = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
-
-# What another loop is needed for, and the values that ask for nothing.
-OTHER_LOOPS: dict[str, tuple[object, ...]] = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "penalty_alpha": (None, 0, 0.0),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "dola_layers": (None,),
-    "use_mtp": (None, False),
-    "assistant_early_exit": (None,),
-    "is_assistant": (None, False),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-}
 
 
 @dataclass(frozen=True)
@@ -192,9 +185,10 @@ def _prepare(
 ) -> Decoding:
     """Have transformers prepare a generation, and stop before its first step."""
     runnable: Any = _runnable(model)
-    _check_prompt(input_ids, others["attention_mask"])
-    _check_settings(config, asked.settings)
-    _check_length(config, asked.settings, input_ids.shape[1])
+    check_prompt(input_ids)
+    check_mask(others["attention_mask"], input_ids, goes_on=others["past_key_values"] is not None)
+    check_settings(config, asked.settings)
+    check_length(config, asked.settings, input_ids.shape[1])
     settings = dict(asked.settings)
     strings = settings.pop("stop_strings", None) or getattr(config, "stop_strings", None)
     if config is not None and config.stop_strings is not None:
@@ -228,14 +222,15 @@ def _begin(
 ) -> Decoding:
     """The generation of what transformers prepared, before its first step."""
     config = generation_config
-    _check_loop(config)
-    _check_seeds(asked.seed, len(input_ids))
+    check_loop(config)
+    check_whole(vars(config), {"max_length": 1, "prompt_lookup_num_tokens": 0, "max_matching_ngram_size": 0})
+    seed = read_seed(asked.seed, len(input_ids))
     sample, whole = bool(config.do_sample), bool(config.return_dict_in_generate)
     task = Task(
         processing=read_processors(logits_processor, sample),
         stopping=read_criteria(stopping_criteria, config.max_length),
         pad=_pad(config),
-        seed=asked.seed if asked.seed is None or isinstance(asked.seed, int) else tuple(asked.seed),
+        seed=seed,
         streamer=asked.streamer,
         scores=whole and bool(config.output_scores),
         logits=whole and bool(config.output_logits),
@@ -248,7 +243,7 @@ def _begin(
     forward, engine = Forward(model, config, model_kwargs), _engine(model)
     if not task.guess:
         return Decoding(forward, input_ids, task, engine)
-    _check_lookup(forward, input_ids)
+    check_lookup(forward, input_ids)
     return LookupDecoding(forward, input_ids, task, engine)
 
 
@@ -286,17 +281,18 @@ def _finished(decoding: Decoding) -> Tensor | Output:
 
 def _runnable(model: nn.Module) -> PreTrainedModel:
     """`model` with calls that run compiled: itself where anything of it is compiled, else a stand-in for it."""
-    found = model
+    original: Any = model._orig_mod if isinstance(model, compat.optimized_module()) else model
+    if not isinstance(original, GenerationMixin):
+        raise GenerationError(
+            f"expected a model of transformers that generates, found {type(original).__name__}: "
+            "call it in a loop of your own, compiled with model.compile(backend='llmcomp')"
+        )
+    found: Any = model
     if isinstance(model, compat.optimized_module()):
-        found = integrate.stand_in(model._orig_mod, model)
+        found = integrate.stand_in(original, model)
     elif integrate.behind(model) is None and not _is_compiled(model):
         # As model.compile does, which would leave its mark on the model; so does torch.compile(model).
         found = integrate.stand_in(model, torch.compile(model._call_impl, backend="llmcomp"))
-    if not isinstance(found, GenerationMixin):
-        raise GenerationError(
-            f"expected a model of transformers that generates, found {type(model).__name__}: "
-            "call it in a loop of your own, compiled with model.compile(backend='llmcomp')"
-        )
     return cast(PreTrainedModel, found)
 
 
@@ -314,90 +310,3 @@ def _stop_strings(strings: object, tokenizer: PreTrainedTokenizerBase | None) ->
             "custom_generate=functools.partial(llmcomp.custom_generate, tokenizer=...) to generate of transformers"
         )
     return StopStringCriteria(tokenizer, cast("str | list[str]", strings))
-
-
-def _check_prompt(ids: Tensor, mask: object) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 2:
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise GenerationError(
-            f"expected input_ids to be an int64 tensor (rows, length), found {found}: "
-            "pass tokenizer(text, return_tensors='pt').input_ids"
-        )
-    if not ids.numel():
-        raise GenerationError(
-            f"expected a prompt of at least one token, found input_ids of shape {list(ids.shape)}: "
-            "begin with the model's bos_token_id"
-        )
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise GenerationError(
-            f"expected attention_mask (rows, length), found {list(mask.shape)}: pass the mask of the tokenizer"
-        )
-
-
-def _check_settings(config: GenerationConfig | None, settings: Mapping[str, object]) -> None:
-    known = vars(GenerationConfig())
-    for name in settings:
-        if name not in known or name.startswith("_"):
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise GenerationError(
-                f"expected fields of GenerationConfig, found {name!r}: {hint}inputs of the model other than "
-                "tokens are for model.generate(..., custom_generate=llmcomp.custom_generate)"
-            )
-    if config is not None and settings:
-        raise GenerationError(
-            f"expected a generation_config or single settings, found both ({', '.join(settings)}): "
-            "set them in the generation_config"
-        )
-
-
-def _check_length(config: GenerationConfig | None, settings: Mapping[str, object], prompt: int) -> None:
-    given = settings if config is None else vars(config)
-    new, length = (cast("int | None", given.get(name)) for name in ("max_new_tokens", "max_length"))
-    if new is not None and length is not None:
-        raise GenerationError(
-            f"expected max_new_tokens or max_length, found both ({new} and {length}): leave one of them out"
-        )
-    if new is not None and new < 1:
-        raise GenerationError(f"expected max_new_tokens of at least 1, found {new}: ask for a token or more")
-    if length is not None and length <= prompt:
-        raise GenerationError(
-            f"expected max_length above the prompt's {prompt} tokens, found {length}: it counts the prompt too; "
-            "pass max_new_tokens to count only new tokens"
-        )
-
-
-def _check_loop(config: GenerationConfig) -> None:
-    """Refuse what this loop does not do."""
-    for name, neutral in OTHER_LOOPS.items():
-        value = getattr(config, name, None)
-        if value not in neutral:
-            raise GenerationError(
-                f"expected greedy decoding, sampling or prompt lookup, found {name}={value!r}: call "
-                "model.generate(...) for it, without custom_generate; the model's calls run compiled there too if "
-                "it was compiled with model.compile(backend='llmcomp')"
-            )
-
-
-def _check_seeds(seed: int | Sequence[int] | None, rows: int) -> None:
-    if seed is None or isinstance(seed, int) or len(seed) == rows:
-        return
-    raise GenerationError(
-        f"expected one seed or one for each of the {rows} rows that are generated, found {len(seed)}: rows are "
-        "those of input_ids, each num_return_sequences times"
-    )
-
-
-def _check_lookup(forward: Forward, ids: Tensor) -> None:
-    """Refuse prompt lookup where the model's calls cannot be taken back."""
-    cache = forward.cache
-    takes_back = isinstance(cache, Cache) and hasattr(cache, "crop") and not isinstance(cache, StaticCache)
-    if len(ids) != 1:
-        found, do = f"{len(ids)} rows", "generate them one by one, or leave prompt_lookup_num_tokens out"
-    elif forward.model.config.is_encoder_decoder or not forward.inputs.get("use_cache") or not takes_back:
-        found, do = f"the cache {type(cache).__name__}", "leave prompt_lookup_num_tokens out"
-    elif getattr(forward.model, "_is_stateful", False):
-        found, do = "a model whose state cannot be taken back", "leave prompt_lookup_num_tokens out"
-    else:
-        return
-    raise GenerationError(f"expected one row and a cache that grows for prompt lookup, found {found}: {do}")

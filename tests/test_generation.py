@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -402,14 +403,27 @@ class Odd(nn.Module):
         ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"found torch.int64 \[3\]"),
         ({"input_ids": [[1, 2]]}, "found list"),
         ({"max_new_tokens": 0}, "at least 1, found 0"),
+        ({"max_new_tokens": "4"}, "max_new_tokens to be an int of at least 1, found '4'"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens to be an int of at least 1, found 4.0"),
         ({"max_new_tokens": None, "max_length": 9}, "above the prompt's 9 tokens, found 9"),
         ({"max_length": 30}, r"found both \(4 and 30\)"),
         ({"generation_config": GenerationConfig()}, r"found both \(max_new_tokens\)"),
         ({"max_new_token": 4}, "did you mean 'max_new_tokens'"),
         ({"stop_strings": "end"}, "pass tokenizer="),
         ({"seed": [1, 2]}, "each of the 3 rows that are generated, found 2"),
+        ({"seed": "a"}, "int or one int a row, found 'a'"),
+        ({"seed": 1.5}, "found 1.5"),
+        ({"seed": [1.5, 1, 1]}, r"found \[1.5, 1, 1\]"),
+        ({"seed": torch.tensor(3)}, r"found tensor\(3\)"),
+        ({"seed": 2**64}, "a seed of 64 bits"),
         ({"prompt_lookup_num_tokens": 3}, "found 3 rows"),
+        ({"prompt_lookup_num_tokens": -3}, "prompt_lookup_num_tokens to be an int of at least 0, found -3"),
         ({"attention_mask": torch.ones(1, 1, 9, 9)}, r"found \[1, 1, 9, 9\]"),
+        ({"attention_mask": torch.ones(3, 8)}, r"\[3, 9\] as input_ids, found \[3, 8\]"),
+        ({"attention_mask": torch.ones(3, 10)}, r"found \[3, 10\]"),
+        ({"attention_mask": torch.ones(2, 9)}, r"found \[2, 9\]"),
+        ({"attention_mask": [[1] * 9] * 3}, "found list"),
+        ({"generation_config": {"max_new_tokens": 4}, "max_new_tokens": None}, "a GenerationConfig, found dict"),
         ({"model": Odd()}, "a model of transformers that generates, found Odd"),
     ],
     ids=lambda x: x if isinstance(x, str) else ",".join(x),
@@ -418,6 +432,29 @@ def test_errors_say_what_to_do(compiled: PreTrainedModel, changes: dict[str, obj
     arguments = {"model": compiled, **PADDED, "max_new_tokens": 4, **changes}
     with pytest.raises(GenerationError, match=says):
         llmcomp.generate(**{k: v for k, v in arguments.items() if v is not None})
+
+
+def test_no_model(compiled: PreTrainedModel) -> None:
+    with pytest.raises(GenerationError, match="found NoneType"):
+        llmcomp.generate(None, token_ids(1, 9, 0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [8, 9, 11, 12])
+def test_a_cache_of_fixed_size_may_be_too_small(eager: PreTrainedModel, compiled: PreTrainedModel, size: int) -> None:
+    """Nine tokens and four more, of which the last is not in the cache; fewer may fit."""
+
+    def run(count: int) -> Tensor:
+        cache = StaticCache(eager.config, max_cache_len=size)
+        return llmcomp.generate(compiled, token_ids(1, 9, 0), past_key_values=cache, max_new_tokens=count)
+
+    fits = size - 8
+    if fits > 0:
+        assert torch.equal(run(fits), eager.generate(token_ids(1, 9, 0), max_new_tokens=fits))
+    if fits == 4:
+        return
+    needed = max(9, size + 1)
+    with pytest.raises(GenerationError, match=f"room for {needed} tokens, found a StaticCache of {size}: make it"):
+        run(4)
 
 
 def test_errors_of_a_stream_come_before_its_first_token(compiled: PreTrainedModel) -> None:
