@@ -4,10 +4,11 @@
     weight           is set to zero there again after every step of every optimizer that updates it
 
 The weight itself is plain and holds zeros, so it is saved and loaded as ever, by anybody; what is kept beside it (one
-bool for each weight, in the module that owns it) follows `copy.deepcopy` and pickling of the module.
+bool for each weight, in the module that owns it) follows `copy.deepcopy` and pickling of the module, and holds what
+`load_state_dict` puts in its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -19,18 +20,26 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 HELD = "_llmcomp_held"
 
 
-class Held:
-    """A parameter and the mask (bool, of its shape) outside of which it stays zero."""
+Watch = Callable[[Tensor], None]
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
+
+class Held:
+    """A parameter and the mask (bool, of its shape) outside of which it stays zero.
+
+    `watch` is shown every gradient before the mask is laid on it.
+    """
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor, watch: Watch | None = None) -> None:
         assert mask.shape == parameter.shape and mask.dtype == torch.bool
         _install()
-        self.parameter, self.mask = parameter, mask
+        self.parameter, self.mask, self.watch = parameter, mask, watch
         setattr(parameter, HELD, self)
         self.hook = parameter.register_hook(self._of_gradient) if parameter.requires_grad else None
         self.apply()
 
     def _of_gradient(self, gradient: Tensor) -> Tensor:
+        if self.watch is not None:
+            self.watch(gradient)
         return gradient.masked_fill(~self.mask.to(gradient.device), 0)
 
     @torch.no_grad()
@@ -58,10 +67,22 @@ def hold(holders: Sequence[nn.Module], name: str, mask: Tensor) -> Held:
     assert isinstance(parameter, nn.Parameter)
     if (before := held(parameter)) is not None:
         before.release()
-    made = Held(parameter, mask)
+    made = Held(parameter, mask, None if before is None else before.watch)
     for module in holders:
         module.__dict__.setdefault(HELD, {})[name] = made
+        if _loaded not in module._load_state_dict_post_hooks.values():
+            module.register_load_state_dict_post_hook(_loaded)
     return made
+
+
+def _loaded(module: nn.Module, problems: Any) -> None:
+    """Hold the parameters that load_state_dict(assign=True) put in the place of others."""
+    kept: dict[str, Held] = module.__dict__.get(HELD, {})
+    for name, before in kept.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter is not before.parameter and parameter.shape == before.mask.shape:
+            before.release()
+            kept[name] = held(parameter) or Held(parameter, before.mask, before.watch)
 
 
 def held(parameter: Tensor) -> Held | None:

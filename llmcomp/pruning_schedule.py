@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcomp.errors import OptionError, PruneError
-from llmcomp.masks import Held, hold
+from llmcomp.masks import Held, held, hold
 from llmcomp.pruning import PruneSpec, Pruning, planned, pruning_of
 from llmcomp.saliency import keep_largest
 from llmcomp.sparsity import Magnitude, Movement, Sparsity, parse_sparsity, require_fraction
@@ -131,15 +131,27 @@ class _Matrix:
     """One weight on its way; by movement, with what it is worth, and the values of what is pruned."""
 
     def __init__(self, name: str, holders: tuple[nn.Module, ...], target: float, moves: bool) -> None:
-        self.name = name
-        weight = holders[0]._parameters["weight"]
-        assert isinstance(weight, nn.Parameter)
-        self.weight, self.target = weight, target
+        self.name, self.holders, self.target = name, holders, target
+        weight = self.weight
         self.worth = torch.zeros_like(weight, dtype=torch.float32) if moves else None
         self.values = weight.detach().clone() if moves else None
-        if moves:
-            weight.register_hook(self._watch)  # before that of the mask: it sees the gradients of what is pruned
-        self.held: Held = hold(holders, "weight", weight.detach() != 0)
+        hold(holders, "weight", weight.detach() != 0).watch = self._watch if moves else None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight; load_state_dict(assign=True) may have put another there."""
+        weight = self.holders[0]._parameters["weight"]
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def held(self) -> Held:
+        """What keeps the weight at zero, also where somebody let it go."""
+        found = held(self.weight)
+        if found is None:
+            found = hold(self.holders, "weight", self.weight.detach() != 0)
+            found.watch = self._watch if self.worth is not None else None
+        return found
 
     def state(self) -> dict[str, Tensor]:
         state = {"mask": self.held.mask, "worth": self.worth, "values": self.values}

@@ -85,6 +85,32 @@ def test_copies_hold_by_themselves(how: str) -> None:
     assert bool((made.weight[~mask] == 0).all())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_held(assign: bool) -> None:
+    module, mask = layer()
+    hold((module,), "weight", mask)
+    old = module.weight
+    module.load_state_dict({"weight": torch.randn(6, 8)}, assign=assign)
+    assert (module.weight is not old) == assign
+    train(module, torch.optim.AdamW(module.parameters(), 0.1, weight_decay=0.1))
+    assert bool((module.weight[~mask] == 0).all()) and bool((module.weight[mask] != 0).all())
+    assert torch.equal(masks(module)["weight"], mask)
+    assert (held(old) is None) == assign  # what was there is let go
+
+
+def test_assigned_weights_that_are_shared_are_held_once() -> None:
+    model, mask = nn.Sequential(nn.Linear(8, 8, False), nn.Linear(8, 8, False)), torch.rand(8, 8) > 0.5
+    model[1].weight = model[0].weight
+    hold((model[0], model[1]), "weight", mask)
+    weight = nn.Parameter(torch.randn(8, 8))
+    model.load_state_dict({"0.weight": weight, "1.weight": weight}, assign=True)
+    assert model[0].weight is model[1].weight is weight
+    train(model, torch.optim.AdamW(model.parameters(), 0.1))
+    assert bool((weight[~mask] == 0).all())
+    release(model)
+    assert held(weight) is None
+
+
 def test_a_change_of_dtype_keeps_it() -> None:
     module, mask = layer()
     hold((module,), "weight", mask)

@@ -138,6 +138,22 @@ def test_going_on_from_a_state(spec: Magnitude | Movement) -> None:
         assert torch.equal(parameter, whole.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("spec", [Magnitude(0.5), Movement(0.5)])
+def test_weights_that_are_assigned_go_on_to_be_pruned(spec: Magnitude | Movement) -> None:
+    torch.manual_seed(0)
+    model, goal = nn.Linear(16, 8, bias=False), torch.randn(8, 16)
+    schedule = PruningSchedule(model, spec, steps=4)
+    for step in range(6):
+        if step == 2:
+            model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        optimizer.zero_grad()
+        (model.weight - goal).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+    assert zeros(model) == 0.5
+
+
 def test_the_state_of_another_schedule_is_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
     schedule = PruningSchedule(model, Magnitude(0.5), steps=8)
