@@ -90,6 +90,8 @@ def test_several_matrices_are_each_as_one_alone(name: str, transposed: bool) -> 
     assert torch.equal(made.transpose(0, 1), whole.transpose(0, 1))
     picked = made[torch.tensor([2, 0, 0])]
     assert torch.equal(picked.dequantize() if isinstance(picked, QuantizedTensor) else picked, whole[[2, 0, 0]])
+    table = torch.tensor([[2, 0], [0, 1]])
+    assert torch.equal(made[table], whole[table])
     assert torch.equal(made[:, 1], whole[:, 1]) and torch.equal(made[torch.tensor(2)].dequantize(), alone[2])
     written = QuantizedTensor.quantize(torch.zeros_like(weight), form, transposed)
     written.copy_(weight)
