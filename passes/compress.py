@@ -28,7 +28,8 @@ from llmcomp.passes.base import Report
 from llmcomp.passes.zero_blocks import DTYPES, Found, find_blocks
 from llmcomp.passes.zero_structure import PREPARED, Values, share_of_zeros
 from llmcomp.products import BLOCKS, LINEAR, MASKED, PACKED, TWO_FOUR, bias_of, operand_of
-from llmcomp.two_four import is_two_four
+from llmcomp.pairs import BLOCK
+from llmcomp.two_four import BYTES, is_two_four
 
 MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.8, 1.7, 1.7 and 1.0 times dense at 1, 2, 4 and 8
 FEWEST = 0.495  # zeros, scattered; times dense, one to four rows: 1.0 to 1.3 at 50%, 1.3 to 1.8 at 70%, 0.9 at 48%
@@ -76,8 +77,10 @@ def _decide(node: Node, weight: Node, value: Tensor, packs: bool, skips: int, re
     transposed, reason = bool(node.args[3]), _stays_dense(node, packs)
     many = share >= FEWEST
     two_four = many and is_two_four(value)
+    if many and reason is None and not transposed:
+        reason = _no_smaller(_bytes(value, two_four), value.nbytes)
     found = None if transposed else find_blocks(value)
-    blocks_reason = None if found is None else _blocks_stay_dense(node, found, skips)
+    blocks_reason = None if found is None else _blocks_stay_dense(node, found, value, skips)
     otherwise = (1.125 if two_four else 0.125 + 2 * (1 - share)) if many and reason is None else math.inf
     if found is not None and blocks_reason is None and found.bytes_of_weight(value.itemsize) < otherwise:
         _keep_blocks(node, weight, value, found.form)
@@ -103,7 +106,17 @@ def _keep_blocks(node: Node, weight: Node, value: Tensor, form: Blocks) -> None:
     replace_by(node, BLOCKS, operand_of(node), codes, bias_of(node), value.shape[0], *size)
 
 
-def _blocks_stay_dense(node: Node, found: Found, skips: int) -> str | None:
+def _bytes(value: Tensor, two_four: bool) -> int:
+    """What a matrix takes without its zeros."""
+    return value.shape[0] * -(-value.shape[1] // BLOCK) * BYTES if two_four else room(value)
+
+
+def _no_smaller(packed: int, dense: int) -> str | None:
+    """Why a matrix that would take so many bytes stays as it is, or None: small ones are rounded up."""
+    return f"without zeros it takes {packed} bytes, and {dense} as it is" if packed >= dense else None
+
+
+def _blocks_stay_dense(node: Node, found: Found, value: Tensor, skips: int) -> str | None:
     """Why a layer reads all blocks of its weight, or None."""
     dtypes = {val(operand_of(node)).dtype, val(source(node, 1)).dtype}
     rows = volume(val(operand_of(node)).shape[:-1])
@@ -113,7 +126,9 @@ def _blocks_stay_dense(node: Node, found: Found, skips: int) -> str | None:
         return f"{rows} rows meet them, and above {skips} the library may be faster"
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         return "they are left out in bfloat16 and float32, where the operand has the same"
-    return found.stays_dense(rows)
+    if (slower := found.stays_dense(rows)) is not None:
+        return slower
+    return _no_smaller(blocks.room(value, found.form.height, found.form.width), value.nbytes)
 
 
 def _stays_dense(node: Node, packs: bool) -> str | None:
@@ -152,6 +167,10 @@ def _decide_codes(node: Node, weight: Node, values: Values, packs: bool, report:
         report.miss(node, f"its codes are 2:4 sparse, and read whole: {reason}")
         return
     codes, name = _prepared(node, PACK_CODES, *weight.args[:5]), str(replace(form, two_four=True))
+    if (reason := _no_smaller(val(codes).nbytes, val(source(weight)).nbytes)) is not None:
+        node.graph.erase_node(codes)
+        report.miss(node, f"its codes are 2:4 sparse, and read whole: {reason}")
+        return
     replace_by(node, PACKED, operand_of(node), codes, *weight.args[1:3], bias_of(node), name)
     report.rewrites += 1
 

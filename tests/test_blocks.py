@@ -194,6 +194,16 @@ def test_where_it_would_not_pay(
     assert reason in report.near_misses[0].reason
 
 
+def test_what_is_no_smaller_in_blocks_stays() -> None:
+    made = nn.Linear(64, 16).to(BF16).requires_grad_(False)
+    with torch.no_grad():
+        made.weight[:, :32] = 0
+        made.weight[:8] = made.weight[:8].roll(32, 1)
+    _, report, _ = pruned(made, (torch.randn(1, 64).to(BF16),), skips=2**31)
+    assert report.rewrites == 0
+    assert "without zeros it takes 4096 bytes, and 2048 as it is" in report.near_misses[0].reason
+
+
 def test_machines_whose_library_multiplies_many_rows_faster() -> None:
     for rows, packed in ((1, True), (16, True), (17, False)):
         printed, report, _ = pruned(layer(blocks(32, 32), 0.6), (torch.randn(rows, 512).to(BF16),), skips=16)

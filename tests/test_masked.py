@@ -108,6 +108,15 @@ def test_where_it_would_not_pay(zeros: float, dtype: torch.dtype, rows: int, pac
     assert report.rewrites == 0 and any(reason in miss.reason for miss in report.near_misses)
 
 
+def test_what_is_no_smaller_without_zeros_stays() -> None:
+    made = nn.Linear(16, 16).to(BF16).requires_grad_(False)
+    with torch.no_grad():
+        made.weight.copy_(scattered_weight(16, 16, 0.6))
+    _, report, _ = pruned(made, (torch.randn(1, 16).to(BF16),), packs=True)
+    assert report.rewrites == 0 and not report.savings
+    assert any("without zeros it takes 4096 bytes, and 512 as it is" in miss.reason for miss in report.near_misses)
+
+
 @pytest.mark.skipif(not expands(), reason="kernels read dense weights on this machine")
 def test_weights_that_get_more_numbers(graphs: list[GraphReport]) -> None:
     made = layer(0.7)

@@ -186,6 +186,16 @@ def test_where_it_would_not_pay(dtype: torch.dtype, rows: int, packs: bool, reas
     assert report.rewrites == 0 and reason in report.near_misses[0].reason
 
 
+@pytest.mark.parametrize("columns,bytes", [(64, 8192), (72, 9216)])
+def test_narrow_matrices_that_are_no_smaller_stay(columns: int, bytes: int) -> None:
+    made = nn.Linear(columns, 64, bias=False).to(BF16).requires_grad_(False)
+    with torch.no_grad():
+        made.weight.copy_(two_four_weight(64, columns))
+    _, report, _ = pruned(made, (torch.randn(1, columns).to(BF16),), packs=True)
+    assert report.rewrites == 0 and not report.savings
+    assert any(f"it takes 9216 bytes, and {bytes} as it is" in miss.reason for miss in report.near_misses)
+
+
 def quantized(name: str) -> nn.Linear:
     made = layer()
     made.weight = nn.Parameter(QuantizedTensor.quantize(made.weight, parse_format(name)), requires_grad=False)
