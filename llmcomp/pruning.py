@@ -11,9 +11,11 @@ Masks are zeros of the weights themselves, which every way of saving keeps; llmc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from llmcomp.errors import OptionError, PruneError
 from llmcomp.masks import held, hold
@@ -23,7 +25,7 @@ from llmcomp.saliency import keep_blocks, keep_largest, keep_of_groups
 from llmcomp.sites import Chosen, Site, by_function, by_patterns, computed_sites, is_linear, sites, why_computed
 from llmcomp.sparsity import NM, Block, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
 from llmcomp.token_batches import Batches, token_batches
-from llmcomp.units import unit_masks
+from llmcomp.units import too_few_units, unit_masks
 
 PruneChoice = Sparsity | str | None
 PruneSpec = Sparsity | str | Mapping[str, PruneChoice] | Callable[[str, nn.Module], PruneChoice]
@@ -139,6 +141,7 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
     Raises:
         OptionError, PruneError: see `prune_`.
     """
+    _require_model(model)
     choose = _chooser(model, spec)
     plans = []
     for site in _sites(model):
@@ -149,6 +152,21 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
             by, reason = None, problem
         plans.append(Plan(site, by, reason))
     return plans
+
+
+def _require_model(model: object) -> None:
+    """Refuse what has no weights with values.
+
+    Raises:
+        PruneError: says what was found.
+    """
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise PruneError(f"expected a model (torch.nn.Module) to prune, found {found}: pass an instance")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            how = "is lazy: run the model once first" if is_lazy(parameter) else "is on the meta device: load it first"
+            raise PruneError(f"expected weights with values to prune, found {name}, which {how}")
 
 
 def _sites(model: nn.Module) -> list[Site]:
@@ -181,12 +199,26 @@ def _chooser(model: nn.Module, spec: object) -> Chosen[Sparsity]:
         return lambda site: _of_one(site, spec)
     if isinstance(spec, Mapping):
         return by_patterns(model, {str(pattern): _value(choice) for pattern, choice in spec.items()}, _sites(model))
+    if isinstance(spec, type):
+        raise OptionError(f"expected a way of pruning, found the class {spec.__name__}: pass {spec.__name__}()")
     if callable(spec):
+        _require_two_arguments(spec)
         return by_function(model, lambda name, module: _value(spec(name, module)))
     raise OptionError(
         f"expected a way of pruning, a mapping from patterns of module names to such or a function, found {spec!r}: "
         'pass "2:4", for example'
     )
+
+
+def _require_two_arguments(function: Callable[..., object]) -> None:
+    try:
+        signature(function).bind("name", nn.Identity())
+    except TypeError as problem:
+        raise OptionError(
+            f"expected a function of (name, module) that says how to prune, found {function!r}: {problem}"
+        ) from problem
+    except ValueError:  # some of C have no signature
+        return
 
 
 def _value(choice: object) -> Sparsity | None:
@@ -246,15 +278,20 @@ def _structured(worth: Tensor, by: NM | Block) -> Tensor:
 
 
 def _prune_units(model: nn.Module, by: Structured, batches: Batches | None) -> Pruning:
+    _require_model(model)
     given = token_batches(model, _require_data(by, batches)) if by.needs_data else []
-    masks = unit_masks(model, by, given)
+    masks, left = unit_masks(model, by, given), too_few_units(model, by)
     rows = []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and (mask := masks.get(id(parameter))) is not None:
+            if parameter is None:
+                continue
+            full, shape = f"{name}.{key}", tuple(parameter.shape)
+            if (mask := masks.get(id(parameter))) is not None:
                 hold((module,), key, _and(parameter, mask))
-                full = f"{name}.{key}"
-                rows.append(PrunedRow(full, tuple(parameter.shape), by, "", _zeros(parameter)))
+                rows.append(PrunedRow(full, shape, by, "", _zeros(parameter)))
+            elif (reason := left.get(id(parameter))) is not None:
+                rows.append(PrunedRow(full, shape, None, reason, _zeros(parameter)))
     return Pruning(tuple(rows))
 
 

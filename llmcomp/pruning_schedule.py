@@ -8,6 +8,7 @@ The part that is pruned rises from `initial` to the target as 1 - (1 - t) ** 3 (
 fast at first, while there is much to choose from.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,12 +93,32 @@ class PruningSchedule:
         return self.progress == 1
 
     def step(self) -> None:
-        """To be called after each step of the optimizer."""
+        """To be called after each step of the optimizer.
+
+        Raises:
+            PruneError: it is time to prune, by movement, and no gradient was ever seen.
+        """
+        passed = self.count + 1 - self.begin
+        prunes = 0 < passed <= self.steps and (passed % self.every == 0 or passed == self.steps)
+        matrices = self._measured() if prunes else []
         self.count += 1
-        passed = self.count - self.begin
-        if 0 < passed <= self.steps and (passed % self.every == 0 or passed == self.steps):
-            for matrix in self._matrices:
-                matrix.prune(cubic(self.progress, min(self.initial, matrix.target), matrix.target))
+        for matrix in matrices:
+            matrix.prune(cubic(self.progress, min(self.initial, matrix.target), matrix.target))
+
+    def _measured(self) -> list["_Matrix"]:
+        """The matrices of which is known what their weights are worth."""
+        found = [matrix for matrix in self._matrices if matrix.is_measured]
+        missing = [matrix for matrix in self._matrices if not matrix.is_measured]
+        if missing and not found:
+            raise PruneError(
+                f"expected gradients of {missing[0].name} to prune by movement, found none since the schedule began: "
+                "call backward() before step(), on the model that the schedule was made for"
+            )
+        for matrix in missing:
+            if not matrix.warned:
+                matrix.warned = True
+                warnings.warn(f"{matrix.name} is not pruned yet: no gradient has reached it", stacklevel=3)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands: steps, masks, and what movement has measured. The weights are the model's."""
@@ -109,18 +130,27 @@ class PruningSchedule:
         Raises:
             PruneError: it is the state of another schedule. This one is then as it was.
         """
-        given, names = state.get("matrices", {}), [m.name for m in self._matrices]
-        problem = None if set(given) == set(names) else f"one of {', '.join(given) or 'none'}"
-        for matrix in self._matrices if problem is None else ():
-            problem = problem or matrix.misfit(given[matrix.name])
-        if problem is not None:
+        if (problem := self._misfit(state)) is not None:
             raise PruneError(
-                f"expected the state of a schedule of {', '.join(names)}, found {problem}: pass what state_dict() of a "
-                "schedule of the same model and spec gave"
+                f"expected the state of a schedule of {', '.join(m.name for m in self._matrices)}, found {problem}: "
+                "pass what state_dict() of a schedule of the same model and spec gave"
             )
-        self.count = state["count"]
+        self.count, given = state["count"], state["matrices"]
         for matrix in self._matrices:
             matrix.load(given[matrix.name])
+
+    def _misfit(self, state: object) -> str | None:
+        """Why something is not the state of this schedule, or None."""
+        if not isinstance(state, Mapping):
+            return repr(state)
+        count, given = state.get("count"), state.get("matrices")
+        if not isinstance(given, Mapping) or set(given) != {m.name for m in self._matrices}:
+            return (
+                f"one of {', '.join(map(str, given)) or 'none'}" if isinstance(given, Mapping) else f"one of {given!r}"
+            )
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            return f"count={count!r}"
+        return next((problem for m in self._matrices if (problem := m.misfit(given[m.name])) is not None), None)
 
     def report(self) -> Pruning:
         """What is pruned by now, matrix by matrix."""
@@ -135,6 +165,7 @@ class _Matrix:
         weight = self.weight
         self.worth = torch.zeros_like(weight, dtype=torch.float32) if moves else None
         self.values = weight.detach().clone() if moves else None
+        self.is_measured, self.warned = not moves, False
         hold(holders, "weight", weight.detach() != 0).watch = self._watch if moves else None
 
     @property
@@ -157,8 +188,12 @@ class _Matrix:
         state = {"mask": self.held.mask, "worth": self.worth, "values": self.values}
         return {key: value.clone() for key, value in state.items() if value is not None}
 
-    def misfit(self, state: Mapping[str, Tensor]) -> str | None:
+    def misfit(self, state: object) -> str | None:
         """Why a state is not that of this matrix, or None."""
+        if not isinstance(state, Mapping):
+            return f"for {self.name} {state!r}"
+        if wrong := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+            return f"for {self.name} {wrong[0]}={state[wrong[0]]!r}"
         mine = {key: (value.shape, value.dtype) for key, value in self.state().items()}
         found = {key: (value.shape, value.dtype) for key, value in state.items()}
         return None if mine == found else f"for {self.name} {found}, not {mine}"
@@ -168,11 +203,13 @@ class _Matrix:
         self.held.mask = state["mask"].to(device, copy=True)
         if self.worth is not None:
             self.worth, self.values = (state[key].to(device, copy=True) for key in ("worth", "values"))
+            self.is_measured = bool(self.worth.any())
         self.held.apply()
 
     def _watch(self, gradient: Tensor) -> None:
         assert self.worth is not None and self.values is not None
         values = torch.where(self.held.mask, self.weight.detach(), self.values)
+        self.is_measured = True
         self.worth -= values.float() * gradient.float()
 
     @torch.no_grad()

@@ -13,6 +13,7 @@
 Wanda: Sun et al. 2023 (arXiv:2306.11695). SparseGPT: Frantar and Alistarh 2023 (arXiv:2301.00774).
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ class SparseGPT(Part):
     """The part `sparsity` whose removal costs least; `damping` times its mean is added to the moment's diagonal."""
 
     damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not number or not 0 <= self.damping < math.inf:
+            raise OptionError(f"expected damping to be a number from 0 on, found {self.damping!r}: pass 0.01")
 
     @property
     def needs_data(self) -> bool:

@@ -37,6 +37,8 @@ def token_batches(model: nn.Module, batches: Batches) -> list[TokenBatch]:
         raise FormatError(
             f"expected several batches of token ids, found one {type(batches).__name__}: put it in a list"
         )
+    if not isinstance(batches, Iterable):
+        raise FormatError(f"expected batches of token ids, found {batches!r}: {TO_DO}, in a list")
     size = _vocabulary(model)
     found = [part for number, batch in enumerate(batches) for part in _parts(number, batch, size)]
     if not found:

@@ -75,6 +75,17 @@ def unit_masks(model: nn.Module, by: Structured, batches: Sequence[TokenBatch]) 
     return masks
 
 
+def too_few_units(model: nn.Module, by: Structured) -> dict[int, str]:
+    """Why weights of blocks lose no unit, where the part that `by` asks for is less than one; by their id."""
+    reasons: dict[int, str] = {}
+    for kind, wanted, find in (("heads", by.heads, attention_blocks), ("channels", by.channels, mlp_blocks)):
+        for block in find(model) if wanted else ():
+            if not _number(wanted, block.count):
+                reason = f"{wanted} of its {block.count} {kind} is less than one"
+                reasons |= {id(weight_of(m)): reason for m in (*block.makers, block.reader)}
+    return reasons
+
+
 def _forms(kind: str) -> str:
     forms = ATTENTIONS if kind == "heads" else MLPS
     return "; ".join(", ".join((*makers, reader)) for makers, reader in forms)
@@ -104,13 +115,18 @@ def _require_floats(model: nn.Module) -> None:
 
 
 def _require_parameters(model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[Block]) -> None:
-    """Refuse weights and biases that something else computes: they would not stay zero."""
+    """Refuse weights and biases that are not finite, or that something else computes: they would not stay zero."""
     affected = {m for layer in layers for m in layer.modules() if is_linear(m)}
     affected.update(m for block in blocks for m in (*block.makers, block.reader))
     for name, module in model.named_modules():
         for key in ("weight", "bias") if module in affected else ():
             if (reason := why_computed(module, key)) is not None:
                 raise PruneError(f"expected parameters to prune, found {name}.{key}, which is none: {reason}")
+            value = module._parameters.get(key)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise PruneError(
+                    f"expected finite weights to prune, found NaN or infinity in {name}.{key}: repair the checkpoint"
+                )
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------

@@ -161,6 +161,8 @@ def test_weights_that_are_parametrized_are_left_and_listed() -> None:
         ({"0": 4}, OptionError, "its name or None"),
         ({"0": llmcomp.Structured(channels=0.5)}, OptionError, "whole model"),
         (4, OptionError, "mapping"),
+        (Zeros, OptionError, r"pass Zeros\(\)"),
+        (lambda name: "2:4", OptionError, "function of .name, module."),
         (Wanda(0.5), PruneError, "batches"),
         ({"0": "50%", "1": Wanda(0.5)}, PruneError, "batches"),
     ],
@@ -171,6 +173,28 @@ def test_refusals_leave_the_model_untouched(spec: object, error: type[LlmcompErr
     with pytest.raises(error, match=says):
         prune_(model, spec)  # type: ignore[arg-type]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()) and not masks(model)
+
+
+@pytest.mark.parametrize(
+    "model,says",
+    [
+        (5, "found 5"),
+        (None, "found None"),
+        (nn.Linear, "the class Linear"),
+        (nn.Linear(8, 4, device="meta"), "weight, which is on the meta device"),
+        (nn.Sequential(nn.LazyLinear(4)), "0.weight, which is lazy"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["50%", Zeros(), llmcomp.Structured(channels=0.5)])
+def test_what_is_no_model_with_values(model: Any, says: str, spec: Any) -> None:
+    with pytest.raises(PruneError, match=says):
+        prune_(model, spec)
+
+
+def test_batches_that_are_none() -> None:
+    for spec in (Wanda(0.5), llmcomp.Structured(channels=0.5, criterion="taylor")):
+        with pytest.raises(FormatError, match="found 5"):
+            prune_(llama(), spec, 5)  # type: ignore[arg-type]
 
 
 def test_weights_that_are_not_finite_and_bad_data() -> None:

@@ -154,6 +154,36 @@ def test_weights_that_are_assigned_go_on_to_be_pruned(spec: Magnitude | Movement
     assert zeros(model) == 0.5
 
 
+def test_movement_without_gradients() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    schedule = PruningSchedule(model, Movement(0.5), steps=3)
+    with pytest.raises(PruneError, match="gradients of 0"):
+        schedule.step()
+    assert schedule.count == 0 and zeros(model[0]) == 0
+    with pytest.warns(UserWarning, match="0 is not pruned yet") as told:
+        for _ in range(3):
+            model[1](torch.randn(2, 4)).sum().backward()
+            schedule.step()
+    assert len(told) == 1 and zeros(model[0]) == 0 and zeros(model[1]) == 0.5
+    schedule = PruningSchedule(model, {"0": Movement(0.5)}, steps=2, begin=3)
+    for _ in range(3):
+        schedule.step()  # nothing is due
+
+
+def test_states_that_are_none() -> None:
+    schedule = PruningSchedule(nn.Linear(4, 4), Movement(0.5), steps=3)
+    good = schedule.state_dict()
+    matrices = {"": {**good["matrices"][""], "mask": None}}
+    for change in ({"count": "x"}, {"count": -3}, {"count": None}, {"count": True}, {"matrices": None}):
+        with pytest.raises(PruneError, match="state of a schedule"):
+            schedule.load_state_dict({**good, **change})
+    for state in (None, [1], {"count": 1, "matrices": {"": None}}, {"count": 1, "matrices": matrices}):
+        with pytest.raises(PruneError, match="state of a schedule"):
+            schedule.load_state_dict(state)  # type: ignore[arg-type]
+    schedule.load_state_dict({**good, "count": 2})
+    assert schedule.count == 2
+
+
 def test_the_state_of_another_schedule_is_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
     schedule = PruningSchedule(model, Magnitude(0.5), steps=8)

@@ -24,6 +24,9 @@ def test_names() -> None:
         lambda: Magnitude(0.5, "layer"),
         lambda: Wanda(2),
         lambda: SparseGPT(True),
+        lambda: SparseGPT(0.5, damping="x"),  # type: ignore[arg-type]
+        lambda: SparseGPT(0.5, damping=-1),
+        lambda: SparseGPT(0.5, damping=float("nan")),
         lambda: Movement(float("nan")),
         lambda: NM(4, 4),
         lambda: NM(2, 4, "taylor"),

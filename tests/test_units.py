@@ -112,6 +112,26 @@ def test_something_has_to_stay(spec: Structured, says: str) -> None:
     assert all(bool(p.all()) or p.dim() == 1 for p in model.parameters())
 
 
+def test_less_than_one_unit_is_said() -> None:
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    done = prune_(model, Structured(heads=0.1))
+    assert not done.pruned and len(done.left) == 8
+    assert {row.reason for row in done.left} == {"0.1 of its 2 heads is less than one"}
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    both = prune_(model, Structured(heads=0.1, channels=0.25))
+    assert len(both.left) == 8 and len(both.pruned) == 6
+
+
+def test_weights_of_units_are_finite() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(PruneError, match="finite .*layers.1.mlp.up_proj.weight"):
+        prune_(model, Structured(channels=0.25))
+    assert not any(bool((p == 0).all(-1).any()) for p in model.parameters())
+
+
 def test_unknown_forms_are_said() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300))
     with pytest.raises(PruneError, match="no block of these forms: q_proj"):
