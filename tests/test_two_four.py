@@ -214,6 +214,15 @@ def test_codes_that_stay(name: str, rows: int, reason: str) -> None:
     assert report.rewrites == 0 and reason in report.near_misses[0].reason
 
 
+def test_narrow_codes_that_are_no_smaller_stay() -> None:
+    made = nn.Linear(64, 64, bias=False).to(BF16)
+    form, weight = parse_format("int8"), two_four_weight(64, 64).to(BF16)
+    made.weight = nn.Parameter(QuantizedTensor.quantize(weight, form), requires_grad=False)
+    printed, report, _ = pruned(made, (torch.randn(1, 64).to(BF16),), packs=True)
+    assert report.rewrites == 0 and "pack_codes" not in printed
+    assert "without zeros it takes 5120 bytes, and 4096 as it is" in report.near_misses[0].reason
+
+
 def eager_tokens(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model.generate(IDS, max_new_tokens=6, do_sample=False)  # type: ignore[operator, no-any-return]
