@@ -24,11 +24,11 @@ from llmcomp.formats import Format, Int4, Int8, Packed, parse_format
 from llmcomp.graph import insert, replace_by, source, val
 from llmcomp.hints import volume
 from llmcomp.masked import room
+from llmcomp.pairs import BLOCK
 from llmcomp.passes.base import Report
 from llmcomp.passes.zero_blocks import DTYPES, Found, find_blocks
 from llmcomp.passes.zero_structure import PREPARED, Values, share_of_zeros
 from llmcomp.products import BLOCKS, LINEAR, MASKED, PACKED, TWO_FOUR, bias_of, operand_of
-from llmcomp.pairs import BLOCK
 from llmcomp.two_four import BYTES, is_two_four
 
 MOST_ROWS = 4  # of the operand; measured on AVX-512: 1.8, 1.7, 1.7 and 1.0 times dense at 1, 2, 4 and 8

@@ -23,6 +23,7 @@ LOGIC = (aten.bitwise_not.default, aten.logical_not.default, aten.eq.Scalar, ate
 FILLS = (aten.scalar_tensor.default, aten.full.default, aten.zeros_like.default)
 VIEWS = (aten.slice.Tensor, aten.view.default, aten._unsafe_view.default)  # where the last axis stays
 SAMPLE = 64  # rows or columns that are looked at first
+AT_ONCE = 1 << 16  # numbers
 VANISHING = frozenset(ACTIVATIONS) - {"sigmoid"}  # activations of gated that are 0 at 0
 
 
@@ -146,7 +147,11 @@ def _zero_slices(value: Tensor, dim: int) -> Tensor:
 
 def is_mask(value: Tensor) -> bool:
     """Whether a tensor holds zeros and ones, or False and True, and some of the first."""
-    return bool(((value == 0) | (value == 1)).all()) and bool((value == 0).any())
+    if value.dtype == torch.bool:
+        return not bool(value.all())
+    # Piece by piece: every compilation asks this of codes too, where the first piece tells and all would take memory.
+    pieces = (piece for piece in value.flatten().split(AT_ONCE))
+    return all(bool(((piece == 0) | (piece == 1)).all()) for piece in pieces) and not bool(value.all())
 
 
 def share_of_zeros(value: Tensor) -> float:
