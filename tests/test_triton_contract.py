@@ -635,13 +635,14 @@ def experts_gemv(
     program = tl.program_id(0)
     expert = tl.program_id(1)
     first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    own_matrix = tl.minimum(expert, 8 - 1).to(tl.int64)
     end_row = tl.load(ends_ptr + expert, mask=expert < 8, other=s0)
     depth_end = tl.where(expert < 8, 128, 0)  # nobody's rows give zeros
     for start_row in range(first_row, end_row, BLOCK_M):
         m = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)
         row_inside = m < end_row
         column = (program * BLOCK_N).to(INDEX) + tl.arange(0, BLOCK_N)[None, :]
-        acc_rows = weight_ptr + expert.to(tl.int64) * 32768 + column
+        acc_rows = weight_ptr + own_matrix * 32768 + column
         acc = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
         for start in range(0, depth_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)[None, :]
@@ -670,13 +671,14 @@ def experts_dot(
     program = tl.program_id(0)
     expert = tl.program_id(1)
     first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    own_matrix = tl.minimum(expert, 8 - 1).to(tl.int64)
     end_row = tl.load(ends_ptr + expert, mask=expert < 8, other=s0)
     depth_end = tl.where(expert < 8, 128, 0)  # nobody's rows give zeros
     for start_row in range(first_row, end_row, BLOCK_M):
         m = (start_row + tl.arange(0, BLOCK_M)[:, None]).to(INDEX)
         row_inside = m < end_row
         column = (program * BLOCK_N).to(INDEX) + tl.arange(0, BLOCK_N)[None, :]
-        acc_rows = weight_ptr + expert.to(tl.int64) * 32768 + column
+        acc_rows = weight_ptr + own_matrix * 32768 + column
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, depth_end, BLOCK_K):
             depth = start + tl.arange(0, BLOCK_K)
