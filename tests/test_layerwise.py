@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from llmcomp.errors import FormatError
@@ -80,7 +81,8 @@ def test_hidden_states_of_one_layer_are_in_memory() -> None:
 
     def living() -> int:
         gc.collect()
-        return sum(isinstance(o, Tensor) and o.shape == (1, 37, 128) for o in gc.get_objects())
+        tensors = (o for o in gc.get_objects() if isinstance(o, Tensor) and not is_lazy(o))  # of other tests
+        return sum(t.shape == (1, 37, 128) for t in tensors)
 
     most = 0
 
