@@ -21,7 +21,6 @@ from llmcomp.capture import capture_graph
 from llmcomp.codegen.cpp_packed import expands, skipping
 from llmcomp.codegen.fit import Lowerer
 from llmcomp.cuda_graph import GraphedProgram
-from llmcomp.huge_pages import back_by_huge_pages
 from llmcomp.options import Options, read_options
 from llmcomp.passes import pipeline, recognizing
 from llmcomp.passes.base import Pass, PassResult, run_passes
@@ -30,7 +29,7 @@ from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.insert_kv_cache import NAME as INSERT_KV_CACHE
 from llmcomp.passes.insert_kv_cache import PLAN
 from llmcomp.passes.prune import prune
-from llmcomp.prepared import PreparedProgram, parts_of, snapshot, split, weights_of
+from llmcomp.prepared import PreparedProgram, snapshot, split, weights_of
 from llmcomp.program import Executable, compile_program, usable
 from llmcomp.quantization import quantize_inputs
 from llmcomp.reference import ReferenceProgram
@@ -79,7 +78,6 @@ def compile_model(
     """
     if options.weights is not None and quantize_inputs(example_inputs, options.weights):
         compat.trace_again("weights were quantized")
-    back_by_huge_pages(part for x in example_inputs if isinstance(x, torch.nn.Parameter) for part in parts_of(x))
 
     def compile_graph(graph: GraphModule, fake_inputs: Sequence[Any]) -> Program:
         with compat.real_tensors():  # passes look at constants and evaluate small functions
