@@ -34,7 +34,9 @@ class GenerationError(LlmcompError):
 
 
 class MemoryFullError(LlmcompError):
-    """A KV cache does not fit into the memory of its device; the message names its size and what lowers it."""
+    """A KV cache, or another tensor of a program, does not fit into the memory of its device; the message names its
+    size and what lowers it.
+    """
 
 
 class FormatError(LlmcompError):

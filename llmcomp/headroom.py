@@ -59,12 +59,20 @@ def telling(count: int, shape: Sequence[int], device: torch.device) -> Iterator[
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises the latter
-        raise MemoryFullError(
-            f"expected {count / 2**20:.1f} MiB on {device} for a KV cache of shape {tuple(shape)}, found too "
-            f"little memory: shorten the sequences or the batch, free other caches (llmcomp.reset()), hold them in "
-            f"8 bits with options={{'kv_dtype': 'int8'}}, or lower what programs keep: kv_cache_bytes, kv_cache='off'"
-        ) from error
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises plain ones
+        raise memory_full(count, f"a KV cache of shape {tuple(shape)}", device, error) from error
+
+
+def memory_full(count: int, what: str, device: torch.device | str, error: RuntimeError) -> MemoryFullError:
+    """The error of a device that has no `count` bytes for `what`.
+
+    It ends with the words of torch's error, by which others (accelerate's find_executable_batch_size) know it.
+    """
+    return MemoryFullError(
+        f"expected {count / 2**20:.1f} MiB on {device} for {what}, found too little memory: shorten the sequences or "
+        f"the batch (of a static cache: max_cache_len), free other caches (llmcomp.reset()), hold them in 8 bits with "
+        f"options={{'kv_dtype': 'int8'}}, or lower what programs keep: kv_cache_bytes, kv_cache='off'. {error}"
+    )
 
 
 def grow(past: Tensor, count: int, dim: int) -> Tensor:

@@ -3,7 +3,7 @@ returns.
 
 def call(ids, past, weight):                                    # the inputs of the graph
     s0 = past.size(2)                                           # symbolic sizes
-    arena = empty((4096 + s0 * 64,), dtype=uint8)               # intermediates of kernels
+    arena = intermediates(4096 + s0 * 64)                       # what kernels hand to each other
     linear = empty_strided((1, 1, 32), (32, 32, 1), ...)        # what is returned or read by eager calls
     launch_0(array("Q", (ids.data_ptr(), ...)), ...)            # a run of kernels: one foreign call
     topk = extern[0](linear, 5)                                 # an Extern call
@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
 from llmcomp import headroom
+from llmcomp.allocation import empty_strided, intermediates
 from llmcomp.codegen.build import Built, Source, build
 from llmcomp.codegen.cache import Cache
 from llmcomp.codegen.cpp_plan import Launch, Slot, render_plan
@@ -108,8 +109,8 @@ class HostWriter:
             "torch": torch,
             "math": math,  # what sizes are computed with
             "array": array.array,
-            "empty_strided": torch.empty_strided,
-            "empty": torch.empty,
+            "empty_strided": empty_strided,
+            "intermediates": intermediates,
             "check_status": check_status,
             "thread_count": thread_count,
             "extern": [],
@@ -150,7 +151,7 @@ class HostWriter:
                 for source in sources(node, self.partition.inlined):
                     self.last_use[source] = position
         if self.storage.arena.offsets:
-            self.line(f"arena = empty(({self.expr(self.storage.arena.size)},), dtype=torch.uint8)")
+            self.line(f"arena = intermediates({self.expr(self.storage.arena.size)})")
         if target.name == "cpp" and any(s.lowered is not None for s in steps):
             self.line(f"threads = thread_count({options.threads})")
         if target.name == "triton":
@@ -242,12 +243,15 @@ class HostWriter:
         for step, _ in run:
             for node in step.region.outputs:
                 if node in self.storage.tensors and node not in self.names:
-                    value = node.meta["val"]
-                    shape = self._tuple(value.shape)
-                    strides = self._tuple(value.stride())
-                    dtype, device = self._constant(value.dtype), self._constant(value.device)
                     self.names[node] = self.variable(node)
-                    self.line(f"{self.names[node]} = empty_strided({shape}, {strides}, dtype={dtype}, device={device})")
+                    self.line(f"{self.names[node]} = {self._allocation(node)}")
+
+    def _allocation(self, node: Node) -> str:
+        value = node.meta["val"]
+        shape, strides = self._tuple(value.shape), self._tuple(value.stride())
+        dtype, device = self._constant(value.dtype), self._constant(value.device)
+        what = ', what="a KV cache"' if _is_cache(node) else ""
+        return f"empty_strided({shape}, {strides}, dtype={dtype}, device={device}{what})"
 
     def _tuple(self, values: Sequence[int | torch.SymInt]) -> str:
         inner = ", ".join(self.expr(size(v)) for v in values)
@@ -339,6 +343,12 @@ class HostWriter:
         exec(compile(text, name, "exec"), self.namespace)
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
         return self.namespace["call"], text
+
+
+def _is_cache(node: Node) -> bool:
+    """Whether a result is the memory of a cache of fixed size, which the same graph writes into."""
+    write = torch.ops.llmcomp.cache_write_.default
+    return any(user.target is write and user.args[0] is node for user in node.users)
 
 
 def plan_function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
