@@ -107,7 +107,8 @@ def compile_aten(
     target = usable(detect(options, devices(gm.graph)), options)
     lowerer = Lowerer()
     kv_dtype = None if options.kv_dtype is None else KV_DTYPES[options.kv_dtype]
-    passes = () if target.name == "reference" else wanted(gm, pipeline(target, lowerer.fits, kv_dtype), options)
+    passes = pipeline(target, lowerer.fits, kv_dtype, options.strided_results)
+    passes = () if target.name == "reference" else wanted(gm, passes, options)
     seen = debug.Stages(gm, options)
     kept = verify.Stages(gm) if options.verify else None
 

@@ -44,6 +44,7 @@ class Options:
     weights: "Format | None" = None  # quantize the weights that compiled graphs read, in the model itself
     kv_cache: str = "auto"  # one of KV_CACHES; auto keeps what growing sequences can reuse between calls
     kv_cache_bytes: int = 4 * 2**30  # memory that one program may keep so
+    strided_results: bool = False  # growing results of several rows are not copied, and so not contiguous
     kv_dtype: str | None = None  # one of KV_DTYPES, of caches; None is the model's dtype
     debug: int = 0  # 1 passes and times, 2 operator counts, 3 graphs, 4 kernel sources; on stderr
     dump: Path | None = None  # folder that gets every stage as a numbered runnable file
@@ -114,6 +115,7 @@ _RULES = {
     "cuda_graphs": _Rule("True, False or None", lambda v: v is None or isinstance(v, bool)),
     "kv_cache": _one_of(KV_CACHES),
     "kv_cache_bytes": _Rule("a positive whole number of bytes", lambda v: _whole_number(v) and v > 0),
+    "strided_results": _Rule("True or False", lambda v: isinstance(v, bool)),
     "kv_dtype": _Rule(
         f"one of {', '.join(KV_DTYPES)}, or None for the model's dtype",
         lambda v: v is None or (isinstance(v, str) and v in KV_DTYPES),

@@ -8,8 +8,9 @@
 
 Each call returns what the full computation returns, all positions of it. Results that grow show the memory of
 the cache (llmcomp/headroom.py), so that nothing is copied but the logits of several rows: they are contiguous in eager,
-and rows that grow move apart. Where a caller writes into a result, the next call notices by torch's version counters,
-computes in full, and from then on results are copies.
+and rows that grow move apart. The option `strided_results` has them not copied either. Where a caller
+writes into a result, the next call notices by torch's version counters, computes in full, and from then on results are
+copies.
 
 What is kept belongs to the weights of the call: other weights, or weights that torch operators changed since,
 do not match. Writes that torch does not count (through .data or numpy) go unseen: call llmcomp.reset then.

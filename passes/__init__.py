@@ -27,17 +27,19 @@ from llmcomp.products import BLOCKS, GROUPED, MASKED, PACKED, PACKED_GROUPED, TW
 from llmcomp.target import Target
 
 
-def pipeline(target: Target, fits: Fits, kv_dtype: torch.dtype | None = None) -> tuple[Pass, ...]:
+def pipeline(
+    target: Target, fits: Fits, kv_dtype: torch.dtype | None = None, strided_results: bool = False
+) -> tuple[Pass, ...]:
     """The compiler, in order. `fits` says why a region cannot be one kernel, or None where it can.
 
-    Caches that graphs make hold codes of `kv_dtype` where one is given.
+    Caches that graphs make hold codes of `kv_dtype` where one is given; `strided_results` is the option.
     """
     library = _left_to_library(target)
     return (
         *recognizing(),
         QUANTIZE,  # linear layers read quantized weights as they are stored
         *([quantize_cache(kv_dtype)] if kv_dtype else []),  # keys and values that are returned -> codes and scales
-        insert_kv_cache(kv_dtype),  # a proof that only new positions need computing, for llmcomp/reuse.py
+        insert_kv_cache(kv_dtype, strided_results),  # a proof that only new positions need computing: llmcomp/reuse.py
         RECOGNIZE_APPEND,  # cat of a past with new keys or values -> cache_grow and cache_write_
         recognize_bmm(library),  # products of batches of matrices -> grouped_linear
         CANONICALIZE,  # copies that only the old forms needed

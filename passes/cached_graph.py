@@ -134,7 +134,7 @@ class _Builder:
             return size
         node = content(result, self.relations)
         slot = self.plan.slot(node)
-        if slot is not None and is_copied(slot, result):
+        if slot is not None and is_copied(self.plan, slot, result):
             return insert(self.graph, aten.clone.default, grown[node], memory_format=torch.contiguous_format)
         return self.made[node, WHOLE]
 

@@ -17,6 +17,7 @@ program first wants one (llmcomp/reuse.py). What is kept are the slots: computed
 are read (keys, values) or returned (logits). Whatever depends on positions or tokens alone is made anew.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -71,14 +72,18 @@ class Plan:
     demands: Demands = field(repr=False)
     sequences: tuple[Sequence, ...] = ()
     slots: tuple[Slot, ...] = ()
+    strided: bool = False  # whether results of several rows show the slots too, though eager's are contiguous
 
     def slot(self, node: Node) -> Slot | None:
         """The slot that keeps a node, if one does."""
         return next((s for s in self.slots if s.node is node), None)
 
 
-def insert_kv_cache(dtype: torch.dtype | None = None) -> Pass:
-    """The proof that only new positions need computing. Keys and values are kept as codes of `dtype`, where given."""
+def insert_kv_cache(dtype: torch.dtype | None = None, strided: bool = False) -> Pass:
+    """The proof that only new positions need computing. Keys and values are kept as codes of `dtype`, where given.
+
+    With `strided`, no result is copied for being contiguous.
+    """
 
     def run(graph: Graph, report: Report) -> None:
         gm = graph.owning_module
@@ -94,7 +99,8 @@ def insert_kv_cache(dtype: torch.dtype | None = None) -> Pass:
         failure: Mixing | None = None
         for length in _lengths(graph):
             try:
-                gm.meta[PLAN] = _with_codes(_with_masks(prove(gm, length), gm), gm, dtype)
+                plan = _with_codes(_with_masks(prove(gm, length), gm), gm, dtype)
+                gm.meta[PLAN] = dataclasses.replace(plan, strided=strided)
                 report.rewrites += 1
                 return
             except Mixing as mixing:
@@ -229,12 +235,13 @@ def lent(plan: Plan, result: Node) -> Slot | None:
     """The slot whose memory a result of the cached graph shows, or None where it has its own."""
     node = content(result, plan.relations)
     slot = plan.slot(source(node) if node.target is cache_tensor else node)
-    return None if slot is None or is_copied(slot, result) else slot
+    return None if slot is None or is_copied(plan, slot, result) else slot
 
 
-def is_copied(slot: Slot, result: Node) -> bool:
+def is_copied(plan: Plan, slot: Slot, result: Node) -> bool:
     """Slots lie position by position. Keys and values are returned so; other results are copied where eager's
     are contiguous and a slot is not, so that view() goes on working.
     """
     before = val(result).shape[: slot.axis]
-    return not slot.attended and is_contiguous(val(result)) and any(n != 1 for n in before)
+    contiguous = not slot.attended and is_contiguous(val(result))
+    return not plan.strided and contiguous and any(n != 1 for n in before)

@@ -36,6 +36,7 @@ def test_every_field_can_be_set():
         "weights": Int4(32),
         "kv_cache": "off",
         "kv_cache_bytes": 1 << 20,
+        "strided_results": True,
         "kv_dtype": "int8",
         "cache": "/tmp/a",
         "debug": 2,

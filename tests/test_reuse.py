@@ -133,6 +133,19 @@ def test_keys_and_values_of_several_rows_grow_in_place(fast: nn.Module, kinds: l
     assert bool((after[0][..., 3] == -torch.inf).all())
 
 
+def test_logits_of_several_rows_grow_in_place_where_asked_for(kinds: list[str]) -> None:
+    torch._dynamo.reset()
+    model = sm.Decoder(sm.Design(layers=1)).requires_grad_(False)
+    strided = torch.compile(model, backend="llmcomp", dynamic=True, options={"strided_results": True})
+    tokens = loop(strided, batch=3)
+    before = check(strided, torch.cat([tokens, tokens[:, :1]], 1))
+    after = check(strided, torch.cat([tokens, tokens[:, :2]], 1))
+    assert kinds[-2:] == ["step", "step"]
+    assert before[0].data_ptr() == after[0].data_ptr() and not after[0].is_contiguous()
+    after[0][:, -1] = -torch.inf  # is noticed: from here on results are copies
+    assert check(strided, torch.cat([tokens, tokens[:, :3]], 1))[0].data_ptr() != after[0].data_ptr()
+
+
 def test_results_of_several_rows_that_callers_write_into(fast: nn.Module, kinds: list[str]) -> None:
     tokens = ids(14, batch=3)
     for length in range(4, 15):
