@@ -6,11 +6,12 @@
     for each layer:  scales that can be folded away -> moments of the inputs of its matrices -> the scales -> the codes
                      -> inputs of the next layer
 
-`llmcomp/calibration_method.py` lists the methods. Each layer is calibrated on what the quantized layers before it give.
+`llmcomp/calibration_method.py` lists the methods, `llmcomp/expert_calibration.py` says how experts differ. Each layer
+is calibrated on what the quantized layers before it give.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from llmcomp.calibration_checkpoint import Checkpoint, Finished, fingerprint
 from llmcomp.calibration_method import Method
+from llmcomp.expert_calibration import quantized_experts, watched
 from llmcomp.find_folds import Folds, find_folds
 from llmcomp.folding import fold
 from llmcomp.formats import Format
@@ -35,18 +37,21 @@ from llmcomp.quantization import (
     quantize_,
 )
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import is_conv, names_of
+from llmcomp.sites import Site, is_conv, matrix, names_of
 from llmcomp.token_batches import Batches
 
 
 @dataclass(frozen=True)
 class Calibration(Quantization):
-    """What `calibrate` did, weight by weight; `unscaled` says of which no inputs were scaled, and why."""
+    """What `calibrate` did, weight by weight; `unscaled` says of which no inputs were scaled, and why; `rounded` which
+    were rounded, or experts of which, because too little of the data reached them."""
 
     unscaled: Mapping[str, str] = field(default_factory=dict)
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(f"{name:40} not scaled: {why}" for name, why in self.unscaled.items())])
+        unscaled = [f"{name:40} not scaled: {why}" for name, why in self.unscaled.items()]
+        return "\n".join([super().__str__(), *unscaled, *(f"{n:40} rounded: {why}" for n, why in self.rounded.items())])
 
 
 @torch.no_grad()
@@ -66,8 +71,8 @@ def calibrate(
     count; a few dozen of some hundred tokens do. `spec` is as for `quantize_`, or a Budget, with which `assign` chooses
     formats first. `method` is "gptq", "awq", "smoothquant" (for dynamic formats), "awq+gptq" or "smoothquant+gptq".
     `damping`, a part of its mean, is added to the diagonal of GPTQ's moments; `alpha` is how much of the range of
-    activations SmoothQuant moves into weights, None: searched for. Weights that saw no data (experts that no token
-    reached) are rounded.
+    activations SmoothQuant moves into weights, None: searched for. Each expert is calibrated on the tokens routed to
+    it; where they are few, it is rounded, and the result says so.
 
     With a folder as `checkpoint`, finished layers are written there, and a call with the same model, spec, method and
     data goes on from them, to the same result.
@@ -83,10 +88,11 @@ def calibrate(
     if isinstance(spec, Budget):
         batches = list(batches)
         spec = assign(model, batches, spec)
-    plan, holders = _checked_plan(model, spec)
+    plan, places = _checked_plan(model, spec)
     how.check(plan.values())
     rows: list[Row] = []
     unscaled: dict[str, str] = {}
+    rounded: dict[str, str] = {}
     with layerwise(model, batches) as steps:
         kept = None if checkpoint is None else Checkpoint(checkpoint, fingerprint(model, plan, how, steps.batches))
         modules = {name: module for module, name in steps.names.items()}
@@ -95,38 +101,45 @@ def calibrate(
             done = found or _calibrated(step, plan, how)
             if kept is not None and found is None:
                 kept.save(step.index, done)
-            _place(done, modules, holders)
+            _place(done, modules, places)
             rows += done.rows
             unscaled |= done.unscaled
-    placed = {holders[row.name] for row in rows}
-    prepare_saving(model, {f"{name}.weight": form for name, form in plan.items() if holders[name] in placed})
+            rounded |= done.rounded
+    prepare_saving(model, {name: form for name, form in plan.items() if _is_quantized(places[name])})
     rest = quantize_(model, spec, lambda weight: not isinstance(weight, QuantizedTensor))
-    return Calibration((*rows, *rest.rows), unscaled)
+    return Calibration((*rows, *rest.rows), unscaled, rounded)
 
 
-def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict[str, tuple[nn.Module, ...]]]:
-    """The format of every weight that is quantized, by the name of its module, and the modules that hold it.
+def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict[str, Site]]:
+    """The format of every parameter that is quantized, by its name, and of every matrix where it is.
 
     Raises:
         OptionError, FormatError: as `quantize_`.
     """
-    plan = {name.removesuffix(".weight"): form for name, form in chosen(model, spec)}
-    holders: dict[str, tuple[nn.Module, ...]] = {}
+    plan = dict(chosen(model, spec))
+    places: dict[str, Site] = {}
     for site in every(model):
-        holders |= dict.fromkeys((name for name, _ in names_of(model, site)), site.holders)
-        if (form := plan.get(site.name)) is not None:
+        places |= {site.parameter(name): site for name, _ in names_of(model, site)}
+        if (form := plan.get(site.parameter(site.name))) is not None:
             check_site(site, form)
-    return plan, holders
+    return plan, places
+
+
+def _is_quantized(site: Site) -> bool:
+    """Whether the weight is quantized by now."""
+    return isinstance(site.holders[0]._parameters[site.key], QuantizedTensor)
 
 
 def _calibrated(step: Step, plan: Mapping[str, Format], method: Method) -> Finished:
     """Scale the matrices of a layer and find their codes, which do not replace them yet."""
     names = step.linears
-    formats = {m: plan[name] for m, name in names.items() if name in plan}
+    formats = {m: plan[weight] for m, name in names.items() if (weight := f"{name}.weight") in plan}
     formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
+    routed = [site for site in step.experts if site.name in plan]
     wanted = method.scaled(formats)
     folds = find_folds(step, wanted) if wanted else Folds((), {})
-    moments = moments_of(step, formats)
+    with watched(site.holders[0] for site in routed) as given:
+        moments = moments_of(step, formats)
     for found in folds.found:
         read = next(moments[r] for r in found.readers if r in formats)
         taken = fold(found, method.scales(found, formats, read))
@@ -134,32 +147,40 @@ def _calibrated(step: Step, plan: Mapping[str, Format], method: Method) -> Finis
     changed = [module for found in folds.found for module in found.modules]
     own = [(step.walk.names[m], m) for m in changed]
     parameters: dict[str, Tensor] = {f"{n}.{key}": p for n, m in own for key, p in m.named_parameters(recurse=False)}
+    unreached = [m for m in formats if m not in moments] if method.reads_data else []
+    rounded = {names[m]: "no token reached it" for m in unreached}
     rows = []
     for module, form in formats.items():
-        before = module.weight
-        assert isinstance(before, Tensor)
-        made = _quantized(module, before, form, moments.get(module), method)
+        made = _quantized(module, form, moments.get(module), method)
         parameters[f"{names[module]}.weight"] = made
-        rows.append(Row(names[module], tuple(made.shape), form, "", before.nbytes, made.nbytes))
-    return Finished(parameters, tuple(rows), {names[m]: why for m, why in folds.reasons.items()})
+        rows.append(_row(names[module], module.weight, made))
+    for site in routed:
+        made, why = quantized_experts(site, plan[site.name], given[site.holders[0]], method)
+        parameters[site.name] = made
+        rows.append(_row(site.name, site.weight, made))
+        rounded |= {site.name: why} if why else {}
+    return Finished(parameters, tuple(rows), {names[m]: why for m, why in folds.reasons.items()}, rounded)
 
 
-def _quantized(
-    module: nn.Module, weight: Tensor, form: Format, moments: Moments | None, method: Method
-) -> QuantizedTensor:
-    transposed = is_conv(module)
-    packed = method.codes(weight.t() if transposed else weight, form, moments)
-    return QuantizedTensor(packed, form, weight.shape, weight.dtype, transposed)
+def _row(name: str, before: object, made: QuantizedTensor) -> Row:
+    assert isinstance(before, Tensor)
+    return Row(name, tuple(made.shape), made.format, "", before.nbytes, made.nbytes)
 
 
-def _place(done: Finished, modules: Mapping[str, nn.Module], holders: Mapping[str, Sequence[nn.Module]]) -> None:
+def _quantized(module: nn.Module, form: Format, moments: Moments | None, method: Method) -> QuantizedTensor:
+    weight, packed = module.weight, method.codes(matrix(module), form, moments)
+    assert isinstance(weight, Tensor)
+    return QuantizedTensor(packed, form, weight.shape, weight.dtype, is_conv(module))
+
+
+def _place(done: Finished, modules: Mapping[str, nn.Module], places: Mapping[str, Site]) -> None:
     """Put what calibration made of a layer into the model."""
     for name, value in done.parameters.items():
         owner, _, key = name.rpartition(".")
         if isinstance(value, QuantizedTensor):
             parameter = nn.Parameter(value, requires_grad=False)
-            for holder in holders[owner]:
-                holder.weight = parameter
+            for holder in places[name].holders:
+                setattr(holder, key, parameter)
         else:
             own = modules[owner]._parameters[key]
             assert own is not None

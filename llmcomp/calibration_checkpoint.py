@@ -23,10 +23,10 @@ from llmcomp.errors import OptionError
 from llmcomp.formats import Format, Packed, parse_format
 from llmcomp.quantization import Row
 from llmcomp.quantized import PARTS, QuantizedTensor
-from llmcomp.sites import is_conv
+from llmcomp.sites import is_transposed
 from llmcomp.token_batches import TokenBatch
 
-VERSION = "1"  # of what calibration computes: raised when the same inputs give other weights
+VERSION = "2"  # of what calibration computes: raised when the same inputs give other weights
 SAMPLES = 4096  # numbers of each parameter that a model is known by
 
 
@@ -37,6 +37,7 @@ class Finished:
     parameters: Mapping[str, Tensor]
     rows: tuple[Row, ...]
     unscaled: Mapping[str, str]
+    rounded: Mapping[str, str]
 
 
 def fingerprint(
@@ -105,7 +106,8 @@ class Checkpoint:
             else:
                 tensors[name] = value.detach()
         rows = [asdict(row) | {"format": str(row.format)} for row in finished.rows]
-        text = json.dumps({"formats": formats, "rows": rows, "unscaled": dict(finished.unscaled)})
+        told = {"unscaled": dict(finished.unscaled), "rounded": dict(finished.rounded)}
+        text = json.dumps({"formats": formats, "rows": rows} | told)
         plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
         _write(self._file(index), lambda path: save_file(plain, path, {"llmcomp": text}))
 
@@ -123,7 +125,7 @@ class Checkpoint:
             of_name.setdefault(name, {})[part] = tensor
         parameters = {n: _joined(n, parts, modules, about["formats"].get(n)) for n, parts in of_name.items()}
         rows = [Row(**(r | {"format": parse_format(r["format"]), "shape": tuple(r["shape"])})) for r in about["rows"]]
-        return Finished(parameters, tuple(rows), about["unscaled"])
+        return Finished(parameters, tuple(rows), about["unscaled"], about["rounded"])
 
 
 def _joined(name: str, parts: Mapping[str, Tensor], modules: Mapping[str, nn.Module], form: str | None) -> Tensor:
@@ -134,7 +136,7 @@ def _joined(name: str, parts: Mapping[str, Tensor], modules: Mapping[str, nn.Mod
     if form is None:
         return moved[""]
     packed = Packed(moved["codes"], moved["scale"], moved.get("zero"))
-    return QuantizedTensor(packed, parse_format(form), before.shape, before.dtype, is_conv(modules[owner]))
+    return QuantizedTensor(packed, parse_format(form), before.shape, before.dtype, is_transposed(modules[owner]))
 
 
 def _read(path: Path) -> dict[str, str] | None:

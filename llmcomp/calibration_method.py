@@ -60,6 +60,11 @@ class Method:
             )
 
     @property
+    def reads_data(self) -> bool:
+        """Whether codes are other than those of rounding."""
+        return self.name != "smoothquant"
+
+    @property
     def _smooths(self) -> bool:
         return self.name.startswith("smoothquant")
 

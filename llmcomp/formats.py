@@ -324,7 +324,7 @@ class Coded(Format):
     bits: ClassVar[int] = 4
 
     def round(self, parts: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return self._nearest(parts / scale_of(scale).unsqueeze(-1))
+        return self._nearest((parts / scale_of(scale).unsqueeze(-1)).contiguous())
 
     def numbers(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return torch.tensor(self.table, device=codes.device)[codes.int()] * scale_of(scale).unsqueeze(-1)

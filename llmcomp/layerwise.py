@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from llmcomp.errors import FormatError
-from llmcomp.sites import is_linear
+from llmcomp.sites import Site, experts, is_linear
 from llmcomp.token_batches import Batches, TokenBatch, token_batches
 
 Observer = Callable[[Tensor], None]
@@ -55,6 +55,12 @@ class Step:
     def linears(self) -> dict[nn.Module, str]:
         """The linear modules of the layer with their names in the model."""
         return {m: name for m in self.layer.modules() if is_linear(m) and (name := self.walk.names.get(m)) is not None}
+
+    @cached_property
+    def experts(self) -> tuple[Site, ...]:
+        """The matrices of experts of the layer, by the names of their parameters in the model."""
+        found = [(self.walk.names.get(site.holders[0]), site) for site in experts(self.layer)]
+        return tuple(replace(site, name=f"{name}.{site.key}") for name, site in found if name is not None)
 
     def inputs(self) -> Iterator[tuple[Call, Tensor]]:
         """How the layer is called for every batch, and the hidden states (batch, length, channels) it is given."""

@@ -76,9 +76,18 @@ def moments_of(step: Step, modules: Iterable[nn.Module]) -> dict[nn.Module, Mome
 
     step.watch({module: partial(see, module) for module in modules})
     for module, moments in found.items():
-        if not bool(moments.largest.isfinite().all()):
-            raise FormatError(
-                f"expected finite inputs of {step.walk.names[module]}, found NaN or infinity: run the model on the "
-                "data in bfloat16 or float32 to see where they come from"
-            )
+        check_finite(step.walk.names[module], moments)
     return found
+
+
+def check_finite(name: str, moments: Moments) -> None:
+    """Refuse inputs of a matrix that no codes can be found for.
+
+    Raises:
+        FormatError: one was NaN or infinite.
+    """
+    if not bool(moments.largest.isfinite().all()):
+        raise FormatError(
+            f"expected finite inputs of {name}, found NaN or infinity: run the model on the data in bfloat16 or "
+            "float32 to see where they come from"
+        )

@@ -132,6 +132,14 @@ def test_a_reader_that_stays_in_half_precision_is_scaled_without_loss() -> None:
     assert bool((ratio != 1).any()) and torch.equal(ratio.log2().round().exp2(), ratio)
 
 
+def test_what_no_token_reaches_is_rounded_and_told() -> None:
+    model = llama()
+    model.model.layers[1].mlp.spare = nn.Linear(128, 128)
+    done = llmcomp.calibrate(model, batches(1), "int4")
+    assert done.rounded == {"model.layers.1.mlp.spare": "no token reached it"}
+    assert isinstance(model.model.layers[1].mlp.spare.weight, QuantizedTensor)
+
+
 def test_a_budget_is_spent_before() -> None:
     model = llama()
     done = llmcomp.calibrate(model, iter(batches(2)), llmcomp.Budget(bits=5.0, formats=("int4", "int8")))
