@@ -25,7 +25,7 @@ from llmcomp.saliency import keep_blocks, keep_largest, keep_of_groups
 from llmcomp.sites import Chosen, Site, by_function, by_patterns, computed_sites, is_linear, sites, why_computed
 from llmcomp.sparsity import NM, Block, Magnitude, Movement, Sparsity, Structured, Zeros, parse_sparsity
 from llmcomp.token_batches import Batches, token_batches
-from llmcomp.units import too_few_units, unit_masks
+from llmcomp.units import unit_masks
 
 PruneChoice = Sparsity | str | None
 PruneSpec = Sparsity | str | Mapping[str, PruneChoice] | Callable[[str, nn.Module], PruneChoice]
@@ -280,17 +280,17 @@ def _structured(worth: Tensor, by: NM | Block) -> Tensor:
 def _prune_units(model: nn.Module, by: Structured, batches: Batches | None) -> Pruning:
     _require_model(model)
     given = token_batches(model, _require_data(by, batches)) if by.needs_data else []
-    masks, left = unit_masks(model, by, given), too_few_units(model, by)
+    found = unit_masks(model, by, given)
     rows = []
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
             full, shape = f"{name}.{key}", tuple(parameter.shape)
-            if (mask := masks.get(id(parameter))) is not None:
+            if (mask := found.masks.get(id(parameter))) is not None:
                 hold((module,), key, _and(parameter, mask))
                 rows.append(PrunedRow(full, shape, by, "", _zeros(parameter)))
-            elif (reason := left.get(id(parameter))) is not None:
+            elif (reason := found.left.get(id(parameter))) is not None:
                 rows.append(PrunedRow(full, shape, None, reason, _zeros(parameter)))
     return Pruning(tuple(rows))
 
