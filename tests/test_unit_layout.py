@@ -182,12 +182,12 @@ class Mixed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Two of them on an embedding."""
+    """Some of them on an embedding."""
 
-    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, *between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(100, 32)
-        self.layers = nn.ModuleList(Mixed(between) for _ in range(2))
+        self.layers = nn.ModuleList(map(Mixed, between))
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
@@ -215,12 +215,18 @@ def twice(x: Tensor) -> Tensor:
 )
 def test_what_cannot_be_told_apart_is_said(between: Callable[[Tensor], Tensor], says: str) -> None:
     torch.manual_seed(0)
-    model = Decoder(between)
+    model = Decoder(between, between)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruneError, match=says):
         prune_(model, Structured(heads=1))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "forward" not in model.layers[0].qkv_proj.__dict__
+
+
+def test_layers_may_lie_differently() -> None:
+    model = Decoder(lambda x: sum(x.split(32, -1)), lambda x: x.unflatten(-1, (32, 3)).sum(-1))  # type: ignore[arg-type,return-value]
+    first, second = attention_blocks(model)
+    assert first.makers[0].units[1].tolist() == [1, 33, 65] and second.makers[0].units[1].tolist() == [3, 4, 5]
 
 
 def by_sums(first: int) -> Callable[[Tensor], Tensor]:
