@@ -426,5 +426,5 @@ def packed_bytes(format: Format, shape: Sequence[int]) -> int:
 
 
 def bits_per_weight(format: Format, shape: Sequence[int]) -> float:
-    """Bits that a weight of a matrix (N, K) takes in memory, scales and zero points among them."""
-    return 8 * packed_bytes(format, shape) / math.prod(shape)
+    """Bits that a weight of a matrix (..., N, K) takes in memory, scales and zero points among them."""
+    return 8 * packed_bytes(format, shape[-2:]) / math.prod(shape[-2:])

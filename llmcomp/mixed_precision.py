@@ -7,15 +7,15 @@
 What a format costs is the mean Kullback-Leibler divergence of the next token's distribution from that of the float
 model, with this one choice quantized and the rest float, as in ZeroQ (Cai et al. 2020, arXiv:2001.00281, section 3.2);
 costs are taken to add up. Weights that read the same input (q, k and v; gate and up) are one choice: kernels merge them
-where they have one format. The choices of least divergence within the budget, or of fewest bits, are a multiple-choice
-knapsack problem (`llmcomp/knapsack.py`).
+where they have one format. So are those of all experts of a layer, which are one parameter. The choices of least
+divergence within the budget, or of fewest bits, are a multiple-choice knapsack problem (`llmcomp/knapsack.py`).
 """
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from llmcomp.knapsack import best_options
 from llmcomp.layerwise import evaluating, run_model
 from llmcomp.quantization import check_site, chosen
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import Site, is_linear, names_of, sites
+from llmcomp.sites import Site, experts, is_linear, names_of, sites
 from llmcomp.token_batches import Batches, TokenBatch, token_batches
 
 DEFAULT = ("int4", "int4_g32", "int8")
@@ -84,8 +84,8 @@ class Choice:
 
 @torch.no_grad()
 def assign(model: nn.Module, batches: Batches, budget: Budget, tokens: int = 4096) -> dict[str, Format]:
-    """A format for every weight of a linear layer, by the names of their modules: a spec for `quantize_`, `calibrate`
-    and `QuantizationConfig`. The model is as it was afterwards.
+    """A format for every weight of a linear layer, by the names of their modules, and of experts, by those of their
+    parameters: a spec for `quantize_`, `calibrate` and `QuantizationConfig`. The model is as it was afterwards.
 
     Runs the model once for each choice and format, on batches, evenly chosen, of `tokens` tokens in all or a little
     more. Weights that no format fits stay float and count with their bits; embeddings that are no head do not count.
@@ -118,7 +118,12 @@ def _some(data: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
 def _choices(model: nn.Module, data: Sequence[TokenBatch], formats: Sequence[Format]) -> list[Choice]:
     """What there is to choose, with measured costs."""
     units = _units(model, data[0])
-    tried = [(unit, form) for unit in units for form in formats if all(_fits(model, site, form) for site in unit)]
+    tried = [
+        (unit, form)
+        for unit in units
+        for form in _formats_of(unit, formats)
+        if all(_fits(model, site, form) for site in unit)
+    ]
     costs = [0.0] * len(tried)
     for batch in track(data, "measuring formats", disable=not sys.stderr.isatty()):
         exact = _predicted(model, batch)
@@ -141,7 +146,7 @@ def _choices(model: nn.Module, data: Sequence[TokenBatch], formats: Sequence[For
 
 
 def _units(model: nn.Module, batch: TokenBatch) -> list[list[Site]]:
-    """The weights of linear layers, those that read one tensor together."""
+    """The weights of linear layers, those that read one tensor together, and those of experts."""
     found: dict[int, list[Site]] = {}
     last: list[tuple[Tensor, int]] = []  # kept, so that no other tensor takes its address
 
@@ -152,14 +157,25 @@ def _units(model: nn.Module, batch: TokenBatch) -> list[list[Site]]:
             last[:] = [(args[0] if args else torch.empty(0), len(found))]
         found.setdefault(last[0][1], []).append(site)
 
-    every = [s for s in sites(model) if any(map(is_linear, s.holders)) and not isinstance(s.weight, QuantizedTensor)]
+    linear = [site for site in _floats(sites(model)) if any(map(is_linear, site.holders))]
     with ExitStack() as hooks:
-        for site in every:
+        for site in linear:
             for module in filter(is_linear, site.holders):
                 hooks.callback(module.register_forward_pre_hook(partial(see, site)).remove)
         run_model(model, batch)
     reached = [site for unit in found.values() for site in unit]
-    return [*found.values(), *([site] for site in every if not any(site is other for other in reached))]
+    alone = [*(site for site in linear if not any(site is other for other in reached)), *_floats(experts(model))]
+    return [*found.values(), *([site] for site in alone)]
+
+
+def _floats(found: Iterable[Site]) -> list[Site]:
+    return [site for site in found if not isinstance(site.weight, QuantizedTensor)]
+
+
+def _formats_of(unit: Sequence[Site], formats: Sequence[Format]) -> list[Format]:
+    """The formats as weights of this kind have them: rows of experts are not quantized."""
+    experts = any(site.is_experts for site in unit)
+    return list(dict.fromkeys(replace(form, dynamic=False) if experts else form for form in formats))
 
 
 def _fits(model: nn.Module, site: Site, form: Format) -> bool:
@@ -178,13 +194,13 @@ def _quantized(pairs: Sequence[tuple[Site, Format]]) -> Iterator[None]:
         for site, form in pairs:
             made = nn.Parameter(QuantizedTensor.quantize(site.weight, form, site.transposed), requires_grad=False)
             for holder in site.holders:
-                holder._parameters["weight"] = made
+                holder._parameters[site.key] = made
         yield
     finally:
         for site, _ in pairs:
             for holder in site.holders:
                 assert isinstance(site.weight, nn.Parameter)
-                holder._parameters["weight"] = site.weight
+                holder._parameters[site.key] = site.weight
 
 
 def _predicted(model: nn.Module, batch: TokenBatch) -> Tensor:

@@ -1,15 +1,26 @@
-"""A Llama whose weights fit every storage format, for the tests of quantization."""
+"""Small models for the tests of quantization: a Llama whose weights fit every storage format, and experts."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from llmcomp.report import GraphReport
 
 VOCABULARY = 300
 IDS = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(0))
+EXPERTS = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=100, num_local_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
 
 
 def llama(tied: bool = True, spread: float = 0.02, heads: int = 4, groups: int = 2) -> LlamaForCausalLM:
@@ -20,6 +31,19 @@ def llama(tied: bool = True, spread: float = 0.02, heads: int = 4, groups: int =
         num_key_value_heads=groups, vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=spread,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def mixtral(spread: float = 0.02, hidden: int = 64, intermediate: int = 96) -> MixtralForCausalLM:
+    """Two layers of four experts, and seeded weights of standard deviation `spread`."""
+    torch.manual_seed(0)
+    sizes = EXPERTS | {"hidden_size": hidden, "intermediate_size": intermediate}
+    return MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=spread)).eval()
+
+
+def gpt_oss(spread: float = 0.02) -> GptOssForCausalLM:
+    """The same, with experts that keep their weights as (E, K, N), have biases and a gate of their own."""
+    torch.manual_seed(0)
+    return GptOssForCausalLM(GptOssConfig(**EXPERTS, head_dim=16, initializer_range=spread)).eval()
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -10,10 +10,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     NemotronHConfig,
     PreTrainedModel,
 )
@@ -28,11 +24,9 @@ from llmcomp.gptq import gptq
 from llmcomp.moments import Moments
 from llmcomp.quantized import QuantizedTensor
 from llmcomp.sites import Site, experts
+from tests.quantizable import gpt_oss as any_gpt_oss
+from tests.quantizable import mixtral as any_mixtral
 
-SIZES = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=100, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.15,
-)  # fmt: skip
 FORMATS = [name for name in names() if not parse_format(name).dynamic and parse_format(name).group <= 32]
 SPEC = {"*.experts.*": "int4_g32"}
 DOWN = "model.layers.{}.mlp.experts.down_proj"
@@ -44,13 +38,11 @@ def batches(seed: int = 1, count: int = 4) -> list[Tensor]:
 
 
 def mixtral() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES)).eval()
+    return any_mixtral(spread=0.15)
 
 
 def gpt_oss() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=16)).eval()
+    return any_gpt_oss(spread=0.15)
 
 
 def nemotron() -> NemotronHExperts:

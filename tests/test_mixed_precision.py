@@ -13,7 +13,7 @@ import llmcomp
 from llmcomp.errors import OptionError
 from llmcomp.formats import Format, bits_per_weight, parse_format
 from llmcomp.quantized import QuantizedTensor
-from tests.quantizable import llama
+from tests.quantizable import llama, mixtral
 
 DATA = [torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 FOLDER = Path(__file__).parent.parent / "examples" / "tiny_llama"
@@ -21,9 +21,11 @@ FOLDER = Path(__file__).parent.parent / "examples" / "tiny_llama"
 
 def bits(model: nn.Module, formats: Mapping[str, Format]) -> float:
     """Bits for each weight, tied ones once."""
-    weights = {id(model.get_submodule(n).weight): (model.get_submodule(n).weight, f) for n, f in formats.items()}
-    total = sum(w.numel() * bits_per_weight(f, w.shape) for w, f in weights.values())  # type: ignore[operator, arg-type]
-    return total / sum(w.numel() for w, _ in weights.values())  # type: ignore[operator, misc]
+    held = dict(model.named_parameters(remove_duplicate=False))
+    pairs = [(held[name] if name in held else held[f"{name}.weight"], form) for name, form in formats.items()]
+    weights = {id(weight): (weight, form) for weight, form in pairs}
+    total = sum(w.numel() * bits_per_weight(f, w.shape) for w, f in weights.values())
+    return total / sum(w.numel() for w, _ in weights.values())
 
 
 @torch.no_grad()
@@ -53,6 +55,26 @@ def test_it_is_saved_where_it_matters_least() -> None:
     small = {name for name, form in found.items() if str(form) == "int4"}
     assert small >= {f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")} and len(small) < 6
     assert "model.embed_tokens" not in found
+
+
+def test_experts_of_a_layer_are_chosen_for(tmp_path: Path) -> None:
+    model, data = mixtral(spread=0.15, hidden=128, intermediate=128), [ids % 100 for ids in DATA]
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(1e-4)  # what its experts compute in between is hardly felt
+    before = dict(model.named_parameters())
+    budget = llmcomp.Budget(bits=6.5, formats=("int4_g32", "int8_dynamic", "int8"))
+    found = llmcomp.assign(model, data, budget)
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert 6 < bits(model, found) <= 6.5 and len(found) == 2 * 4 + 1 + 2 * 2
+    formats = {name: str(form) for name, form in found.items() if "experts" in name}
+    assert {formats[f"model.layers.1.mlp.experts.{n}_proj"] for n in ("gate_up", "down")} == {"int4_g32"}
+    assert set(formats.values()) == {"int4_g32", "int8"}
+    done = llmcomp.calibrate(model, data, budget)
+    assert {row.name: row.format for row in done.quantized} == found
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(again.model.layers[1].mlp.experts.down_proj.format) == "int4_g32"
+    assert not llmcomp.assign(again, data, budget)
 
 
 @pytest.mark.slow

@@ -10,11 +10,6 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
 )
 
 import llmcomp
@@ -27,14 +22,11 @@ from llmcomp.quantized import QuantizedTensor
 from llmcomp.report import GraphReport
 from tests.graphs import rewrite
 from tests.numerics import assert_equal_float32
+from tests.quantizable import gpt_oss, mixtral
 
 E, N, K = 4, 48, 64
 FORMATS = [name for name in names() if not parse_format(name).dynamic and parse_format(name).group <= K]
 GROUPED = torch.ops.transformers.grouped_mm_fallback
-SIZES = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=100, num_local_experts=4, num_experts_per_tok=2,
-)  # fmt: skip
 IDS = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -52,14 +44,6 @@ class Experts(nn.Module):
         weight = self.weight if self.transposed else self.weight.transpose(-2, -1)
         result: Tensor = GROUPED(x, weight, ends)
         return torch.nn.functional.silu(result)
-
-
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**SIZES)).eval()
-
-
-def gpt_oss() -> PreTrainedModel:
-    return GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=16)).eval()
 
 
 @pytest.fixture(autouse=True)
