@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Check:
-    """A piece that has to be zero where `where` is true along `dim`."""
+    """A piece that has to be zero where `where` is true along `dim`; (E, size) says it for each matrix of experts."""
 
     piece: Piece
     dim: int
@@ -86,9 +86,9 @@ def weights_of(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def _holds_zeros(value: Tensor) -> bool:
-    """Whether a tensor is a matrix with zeros, or a mask."""
+    """Whether a tensor is a matrix with zeros, or those of experts, or a mask."""
     if value.is_floating_point():
-        return value.dim() == 2 and share_of_zeros(value) > FEWEST_ZEROS
+        return 2 <= value.dim() <= 3 and share_of_zeros(value) > FEWEST_ZEROS
     return 1 <= value.dim() <= 2 and is_mask(value) and bool(value.any())
 
 
@@ -281,6 +281,8 @@ class PreparedProgram:
 @torch.no_grad()
 def _holds(check: Check, inputs: Sequence[Any]) -> bool:
     value = check.piece.gm(*(inputs[i] for i in check.piece.positions))
+    if check.where.dim() == 2:
+        return not bool(value.movedim(check.dim, 1)[check.where.to(value.device)].any())
     where = check.where.nonzero().flatten().to(value.device)
     return not bool(value.index_select(check.dim, where).any())
 

@@ -8,6 +8,7 @@
     bf16(f32(x)), x of bf16                      ->  x
     cat([empty, x])                              ->  x, or a contiguous clone
     stack([x, y])                                ->  cat([unsqueeze(x), unsqueeze(y)])
+    x[:, [1]]                                    ->  clone(x[:, 1:2])
     add.Scalar(x, 1)                             ->  add.Tensor(x, 1)
 
 A result of the graph keeps memory of its own: what the caller gets never starts to share memory with an
@@ -37,6 +38,7 @@ from llmcomp.graph import (
     val,
 )
 from llmcomp.passes.base import Pass, Report
+from llmcomp.passes.constants import number
 from llmcomp.passes.facts import CANONICAL, SHAPES
 from llmcomp.passes.match import is_cast, uncast
 
@@ -62,6 +64,7 @@ VIEWS = frozenset(
     }
 )
 INPUTS = ("placeholder", "get_attr")
+END = 2**63 - 1  # of a slice: all that is left
 
 Written = frozenset[Node]
 Rule = Callable[[Node, Written], Node | None]
@@ -121,6 +124,20 @@ def stack_as_cat(node: Node, writes: Written) -> Node | None:
     parts = [_before(node, aten.unsqueeze.default, part, dim) for part in tensors(node)]
     new = _before(node, aten.cat.default, parts, dim)
     return new if same_layout(val(new), val(node)) else None
+
+
+def index_as_slice(node: Node, writes: Written) -> Node | None:
+    """index(x, [None, c]) -> clone(slice(x, 1, 1, 2)), where c is a constant that holds nothing but 1."""
+    if node.target is not aten.index.Tensor or not is_contiguous(val(node)):
+        return None
+    x, indices = source(node), argument(node, "indices")
+    assert isinstance(indices, list | tuple)
+    (dim, constant), *others = [(d, c) for d, c in enumerate(indices) if c is not None]
+    at = number(constant) if not others else None
+    if at is None or val(constant).dim() != 1 or val(constant).dtype != torch.int64:
+        return None
+    part = _before(node, aten.slice.Tensor, x, dim, int(at), int(at) + 1 or END)
+    return _before(node, aten.clone.default, part, memory_format=torch.contiguous_format)
 
 
 def merge_casts(node: Node, writes: Written) -> Node | None:
@@ -204,7 +221,16 @@ def _is_empty(node: Node) -> bool:
     return any(same_size(n, 0) for n in val(node).shape)
 
 
-RULES: tuple[Rule, ...] = (number_operand, stack_as_cat, merge_views, merge_casts, drop_empty, drop_view, drop_copy)
+RULES: tuple[Rule, ...] = (
+    number_operand,
+    stack_as_cat,
+    index_as_slice,
+    merge_views,
+    merge_casts,
+    drop_empty,
+    drop_view,
+    drop_copy,
+)
 
 
 def _before(node: Node, target: OpOverload, *args: Argument, **kwargs: Argument) -> Node:

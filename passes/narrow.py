@@ -5,6 +5,7 @@
     linear(x, a)[..., s:e], channels kept              ->  linear(x, a[s + kept])
     rms_norm(x, w), x zero in the other channels       ->  rms_norm(x', w[kept], count=N)
     attention(q, k, v), heads kept                     ->  attention(q', k', v')
+    arange(4), 1 and 3 kept                            ->  the constant [1, 3]
 
 A `Narrowing` first collects what is wanted, and finds out whether all of it can be had, then makes it.
 """
@@ -28,6 +29,7 @@ aten, ops = torch.ops.aten, torch.ops.llmcomp
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 ATTENTION = ops.attention.default
+RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 class Whole(Exception):
@@ -106,14 +108,25 @@ class Narrowing:
         return (user, node) in self._edges
 
     def check_readers(self, readers: Set[Node]) -> None:
-        """Refuse other uses than by `readers`.
+        """Refuse other uses than by `readers`, but of what costs little to compute twice.
 
         Raises:
             Whole: names the user.
         """
-        for user, _ in self.others():
-            if user not in readers:
+        for user, node in self.others():
+            if user not in readers and not self._is_cheap(node):
                 raise Whole("it is returned" if user.op == "output" else f"{user.name} reads all of it")
+
+    def _is_cheap(self, node: Node) -> bool:
+        """Whether no layer is computed for it, as for the biases of heads that are made of their numbers."""
+        if self._is_weight(node) or range_of(node) is not None:
+            return True
+        operands = [operand for user, operand in self._edges if user is node]
+        return (
+            node.target not in (LINEAR, aten.embedding.default)
+            and bool(operands)
+            and all(map(self._is_cheap, operands))
+        )
 
     # ---- what it takes ----------------------------------------------------------------------------------------------
 
@@ -121,6 +134,8 @@ class Narrowing:
         last = slices.dim == val(node).dim() - 1
         if node.target is ATTENTION:
             return self._of_attention(node, slices)
+        if range_of(node) is not None:
+            return []
         if node.target in VIEWS:
             return [(source(node), through_view(val(source(node)).shape, val(node).shape, slices, node))]
         if last and node.target is LINEAR:
@@ -194,6 +209,10 @@ class Narrowing:
         if last and (part := part_of_linear(node)) is not None:
             linear, start = part
             return rows_of(linear, tuple(start + k for k in slices.kept), indices)
+        if (numbers := range_of(node)) is not None:
+            some = indices.node([numbers[k] for k in slices.kept], val(node))
+            same = val(node).dtype == torch.int64
+            return some if same else insert(node.graph, aten._to_copy.default, some, dtype=val(node).dtype)
         if (place := place_in_split(node)) is not None:
             return insert(node.graph, aten.slice.Tensor, smaller(place[0]), *place[1:])
         if node in self.runs:
@@ -202,6 +221,13 @@ class Narrowing:
         args, kwargs = _resized(node, slices, given, dict(named), last)
         assert callable(node.target)
         return insert(node.graph, node.target, *args, **kwargs)
+
+
+def range_of(node: Node) -> range | None:
+    """The whole numbers that a node holds, where they are written into the graph."""
+    if node.target not in RANGES or not all(isinstance(n, int) for n in node.args):
+        return None
+    return None if val(node).dtype.is_floating_point else range(*node.args)  # type: ignore[arg-type]
 
 
 def _without(zero: Tensor, kept: Sequence[int]) -> Tensor:

@@ -3,7 +3,8 @@
     mul(weight, mask)                   ->  the same, computed once and not in every call
     where(mask, weight, 0)              ->  the same; masked_fill too
     add(residual, linear(x, zeros))     ->  residual
-    channels and heads that don't count ->  smaller matrices, and less of what lies between: passes/shrink.py
+    channels and heads that don't count ->  smaller matrices, and less of what lies between: passes/shrink.py,
+                                            of experts passes/shrink_experts.py
     blocks of zeros, 2:4, scattered     ->  compressed matrices: passes/compress.py
 
 What is computed of weights alone is marked, for llmcomp/prepared.py to compute when a weight has changed. Exact for the
@@ -24,6 +25,7 @@ from llmcomp.passes.compress import compress
 from llmcomp.passes.facts import SHAPES
 from llmcomp.passes.narrow import Indices
 from llmcomp.passes.shrink import shrink_heads, shrink_operands, shrink_streams
+from llmcomp.passes.shrink_experts import shrink_experts
 from llmcomp.passes.zero_structure import FILLS, PREPARED, Values, is_mask
 from llmcomp.products import LINEAR
 
@@ -51,6 +53,7 @@ def prune(weights: Mapping[str, Tensor], packs: bool = False, skips: int = 0) ->
             ("layers that add nothing", lambda: _drop_zero_products(graph, values, report)),
             ("heads of attention", lambda: shrink_heads(graph, values, indices, report)),
             ("hidden channels", lambda: whole.update(shrink_streams(graph, values, indices, report))),
+            ("channels of experts", lambda: shrink_experts(graph, values, indices, report)),
             ("channels between layers", lambda: shrink_operands(graph, values, indices, report, whole)),
             ("matrices stored without zeros", lambda: compress(graph, values, packs, skips, report)),
         ):

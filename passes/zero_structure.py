@@ -29,7 +29,7 @@ VANISHING = frozenset(ACTIVATIONS) - {"sigmoid"}  # activations of gated that ar
 
 @dataclass(frozen=True)
 class Zero:
-    """The slices of the tensor of a node along `dim` at which it is zero."""
+    """The slices of the tensor of a node along `dim` at which it is zero; of one of experts (E, ...) those of each."""
 
     node: Node
     dim: int
@@ -76,6 +76,17 @@ class Values:
         dim %= value.dim()
         if (node, dim) not in self.facts:
             where = _zero_slices(value, dim)
+            if not bool(where.any()):
+                return None
+            self.facts[node, dim] = Zero(node, dim, where)
+        return self.facts[node, dim].where
+
+    def zeros_of_experts(self, node: Node, dim: int) -> Tensor | None:
+        """Where along `dim` each matrix of experts is zero: bools (E, size), or None where none is anywhere."""
+        if (value := self.of(node)) is None or value.dim() != 3:
+            return None
+        if (node, dim) not in self.facts:
+            where = torch.stack([_zero_slices(matrix, dim - 1) for matrix in value])
             if not bool(where.any()):
                 return None
             self.facts[node, dim] = Zero(node, dim, where)
@@ -155,7 +166,8 @@ def is_mask(value: Tensor) -> bool:
 
 
 def share_of_zeros(value: Tensor) -> float:
-    """The part of a matrix that is zero, by some of its rows."""
+    """The part of a matrix, or of several, that is zero, by some of their rows."""
+    value = value.flatten(0, -2)
     rows = value[:: max(1, value.shape[0] // SAMPLE)]
     return float((rows == 0).float().mean()) if rows.numel() else 0.0
 

@@ -34,6 +34,33 @@ def test_what_changes_nothing_goes(dynamic: bool | None) -> None:
     ]
 
 
+def test_a_constant_index_is_a_slice() -> None:
+    def fn(x: Tensor) -> Tensors:
+        return x[:, [1]].sin(), x[:, [-1]].sin(), x[[0]].sin()
+
+    assert_expected_inline(
+        canonical(fn, torch.randn(3, 4)),
+        """\
+def (x0: f32[3, 4])
+slice: f32[3, 1] = aten.slice(x0, 1, 1, 2)
+clone: f32[3, 1] = aten.clone(slice, memory_format=torch.contiguous_format)
+sin: f32[3, 1] = aten.sin(clone)
+slice_1: f32[3, 1] = aten.slice(x0, 1, -1, 9223372036854775807)
+clone_1: f32[3, 1] = aten.clone(slice_1, memory_format=torch.contiguous_format)
+sin_1: f32[3, 1] = aten.sin(clone_1)
+slice_2: f32[1, 4] = aten.slice(x0, 0, 0, 1)
+sin_2: f32[1, 4] = aten.sin(slice_2)
+return (sin, sin_1, sin_2)""",
+    )
+
+
+def test_other_indices_stay() -> None:
+    def fn(x: Tensor, i: Tensor) -> Tensors:
+        return x[:, [1, 2]].sin(), x[:, i].sin(), x[[0], [1]].sin(), x[:, :1][:, torch.tensor([[0]])].sin()
+
+    assert canonical(fn, torch.randn(3, 4), torch.tensor([1])).count("aten.index(") == 4
+
+
 def test_what_only_looks_like_nothing_stays() -> None:
     def fn(x: Tensor, i: Tensor) -> Tensors:
         square = x.t().exp()

@@ -7,7 +7,11 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -204,6 +208,49 @@ def test_a_mask_for_each_head_and_a_gate() -> None:
     assert report.rewrites == 1 and "attention: f64[1, 2, 5, 16]" in printed, report
 
 
+def with_numbers(model: Attention, numbers: Callable[[], Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Two layers with biases that are made of the numbers of their heads."""
+
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        bias = (numbers() * 0.5)[:, None, None] * torch.arange(5.0, dtype=torch.float64)
+        for _ in range(2):
+            q, k, v = (m(x).unflatten(-1, (-1, 16)).transpose(1, 2) for m in (model.q, model.k, model.v))
+            k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+            x = x + model.o(F.scaled_dot_product_attention(q, k, v, bias[None]).transpose(1, 2).flatten(2))
+        return (x,)
+
+    return fn
+
+
+def test_numbers_of_heads() -> None:
+    """Biases of heads that both layers read: each gets a smaller one of its own."""
+    printed, report, _ = pruned(with_numbers(attention(dead=(0, 1)), lambda: torch.arange(1, 5)), (X,))
+    assert report.rewrites == 2 and printed.count("attention: f64[1, 2, 5, 16]") == 1, report
+    lines = [line for line in printed.splitlines() if "i64[2]" in line or "mul" in line]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+constant: i64[2] = self.kept_0
+constant_1: i64[2] = self.kept_0
+mul: f32[2] = aten.mul(constant, 0.5)
+mul_1: f32[2] = aten.mul(constant_1, 0.5)
+unsqueeze: f32[2, 1] = aten.unsqueeze(mul, 1)
+unsqueeze_1: f32[2, 1] = aten.unsqueeze(mul_1, 1)
+mul_2: f64[2, 1, 5] = aten.mul(unsqueeze_2, arange)
+mul_3: f64[2, 1, 5] = aten.mul(unsqueeze_3, arange)
+unsqueeze_4: f64[1, 2, 1, 5] = aten.unsqueeze(mul_2, 0)
+unsqueeze_5: f64[1, 2, 1, 5] = aten.unsqueeze(mul_3, 0)""",
+    )
+
+
+def test_numbers_that_are_not_whole() -> None:
+    def numbers() -> Tensor:
+        return torch.arange(1.0, 5.0, dtype=torch.float64)
+
+    report = pruned(with_numbers(attention(dead=(0, 1)), numbers), (X,))[1]
+    assert "arange is not computed slice by slice" in report.near_misses[0].reason
+
+
 @pytest.mark.parametrize("ours", [True, False], ids=["operator", "torch"])
 @pytest.mark.parametrize("own", [True, False], ids=["own keys", "keys of a cache"])
 @pytest.mark.parametrize("dead", [(2, 3), (1,)], ids=["a group", "a head"])
@@ -242,6 +289,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "olmo2: a norm over all heads": lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL)),
     "gpt2: split, transposed": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)),
     "neox: heads of q, k and v side by side": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "bloom: biases by the numbers of heads": lambda: BloomForCausalLM(
+        BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
+    ),
+    "falcon: keys picked by a list, repeated": lambda: FalconForCausalLM(
+        FalconConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=100,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+        )  # fmt: skip
+    ),
 }
 
 
@@ -280,7 +340,7 @@ def both(out: CausalLMOutputWithPast) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith("neox")])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith(("neox", "bloom", "falcon"))])
 def test_keys_of_a_cache_stay(kind: str) -> None:
     model = made(kind)
     printed, report, _ = pruned(lambda ids: both(model(ids)), (TOKENS,), rtol=1e-6)
@@ -435,7 +495,7 @@ def test_a_stream_that_is_returned_is_computed_whole() -> None:
     assert "rms_norm: f64[1, 6, 64]" in printed and "index_select(rms_norm" in printed
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith(("gpt2", "neox"))])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith(("gpt2", "neox", "bloom", "falcon"))])
 def test_hidden_channels_of_models(kind: str) -> None:
     torch.manual_seed(0)
     model = MODELS[kind]().eval().double()
