@@ -6,7 +6,7 @@
     for each layer:  scales that can be folded away -> moments of the inputs of its matrices -> the scales -> the codes
                      -> inputs of the next layer
 
-`llmcomp/calibration_method.py` lists the methods, `llmcomp/expert_calibration.py` says how experts differ. Each layer
+`llmcomp/calibrated_layer.py` is what is done to a layer, `llmcomp/calibration_method.py` lists the methods. Each layer
 is calibrated on what the quantized layers before it give.
 """
 
@@ -15,17 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from llmcomp.calibrated_layer import calibrated_layer
 from llmcomp.calibration_checkpoint import Checkpoint, Finished, fingerprint
 from llmcomp.calibration_method import Method
-from llmcomp.expert_calibration import quantized_experts, watched
-from llmcomp.find_folds import Folds, find_folds
-from llmcomp.folding import fold
 from llmcomp.formats import Format
-from llmcomp.layerwise import Step, layerwise
+from llmcomp.layerwise import layerwise
 from llmcomp.mixed_precision import Budget, assign
-from llmcomp.moments import Moments, moments_of
 from llmcomp.quantization import (
     Quantization,
     Row,
@@ -37,7 +34,7 @@ from llmcomp.quantization import (
     quantize_,
 )
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import Site, is_conv, matrix, names_of
+from llmcomp.sites import Site, names_of
 from llmcomp.token_batches import Batches
 
 
@@ -98,7 +95,7 @@ def calibrate(
         modules = {name: module for module, name in steps.names.items()}
         for step in steps:
             found = None if kept is None else kept.load(step.index, modules)
-            done = found or _calibrated(step, plan, how)
+            done = found or calibrated_layer(step, plan, how)
             if kept is not None and found is None:
                 kept.save(step.index, done)
             _place(done, modules, places)
@@ -128,49 +125,6 @@ def _checked_plan(model: nn.Module, spec: Spec) -> tuple[dict[str, Format], dict
 def _is_quantized(site: Site) -> bool:
     """Whether the weight is quantized by now."""
     return isinstance(site.holders[0]._parameters[site.key], QuantizedTensor)
-
-
-def _calibrated(step: Step, plan: Mapping[str, Format], method: Method) -> Finished:
-    """Scale the matrices of a layer and find their codes, which do not replace them yet."""
-    names = step.linears
-    formats = {m: plan[weight] for m, name in names.items() if (weight := f"{name}.weight") in plan}
-    formats = {m: form for m, form in formats.items() if not isinstance(m.weight, QuantizedTensor)}
-    routed = [site for site in step.experts if site.name in plan]
-    wanted = method.scaled(formats)
-    folds = find_folds(step, wanted) if wanted else Folds((), {})
-    with watched(site.holders[0] for site in routed) as given:
-        moments = moments_of(step, formats)
-    for found in folds.found:
-        read = next(moments[r] for r in found.readers if r in formats)
-        taken = fold(found, method.scales(found, formats, read))
-        moments |= {r: moments[r].divided(taken[found.channels]) for r in found.readers if r in moments}
-    changed = [module for found in folds.found for module in found.modules]
-    own = [(step.walk.names[m], m) for m in changed]
-    parameters: dict[str, Tensor] = {f"{n}.{key}": p for n, m in own for key, p in m.named_parameters(recurse=False)}
-    unreached = [m for m in formats if m not in moments] if method.reads_data else []
-    rounded = {names[m]: "no token reached it" for m in unreached}
-    rows = []
-    for module, form in formats.items():
-        made = _quantized(module, form, moments.get(module), method)
-        parameters[f"{names[module]}.weight"] = made
-        rows.append(_row(names[module], module.weight, made))
-    for site in routed:
-        made, why = quantized_experts(site, plan[site.name], given[site.holders[0]], method)
-        parameters[site.name] = made
-        rows.append(_row(site.name, site.weight, made))
-        rounded |= {site.name: why} if why else {}
-    return Finished(parameters, tuple(rows), {names[m]: why for m, why in folds.reasons.items()}, rounded)
-
-
-def _row(name: str, before: object, made: QuantizedTensor) -> Row:
-    assert isinstance(before, Tensor)
-    return Row(name, tuple(made.shape), made.format, "", before.nbytes, made.nbytes)
-
-
-def _quantized(module: nn.Module, form: Format, moments: Moments | None, method: Method) -> QuantizedTensor:
-    weight, packed = module.weight, method.codes(matrix(module), form, moments)
-    assert isinstance(weight, Tensor)
-    return QuantizedTensor(packed, form, weight.shape, weight.dtype, is_conv(module))
 
 
 def _place(done: Finished, modules: Mapping[str, nn.Module], places: Mapping[str, Site]) -> None:

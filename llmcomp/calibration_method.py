@@ -65,6 +65,11 @@ class Method:
         return self.name != "smoothquant"
 
     @property
+    def scales_experts(self) -> bool:
+        """Whether what the second matrices of experts read is scaled."""
+        return self.name.startswith("awq")
+
+    @property
     def _smooths(self) -> bool:
         return self.name.startswith("smoothquant")
 
@@ -80,12 +85,12 @@ class Method:
         Powers of two where a reader stays as it is in a half precision: those lose nothing.
         """
         readers = [r for r in fold.readers if r in formats]
-        weights, forms = [matrix(r).detach().float() for r in readers], [formats[r] for r in readers]
+        weights, forms = [matrix(r).detach().float().flatten(0, -2) for r in readers], [formats[r] for r in readers]
         if self._smooths:
             found = smoothing_scales(weights, forms, moments, fold.channels, self.alpha)
         else:
             found = awq_scales(weights, forms, moments, fold.channels)
-        exact = all(r in formats or r.weight.dtype in (torch.float32, torch.float64) for r in fold.readers)
+        exact = all(r in formats or matrix(r).dtype in (torch.float32, torch.float64) for r in fold.readers)
         return found if exact else torch.exp2(found.log2().round())
 
     def codes(self, weight: Tensor, form: Format, moments: Moments | None) -> Packed:

@@ -23,8 +23,9 @@ from llmcomp.calibration_method import Method
 from llmcomp.formats import Format, Packed
 from llmcomp.moments import Moments, check_finite
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import Site, is_transposed
+from llmcomp.sites import Site, matrix, reading_key
 
+DOWN = "down_proj"
 FEW = 16  # inputs of a matrix for each row: with fewer rows it is rounded
 
 
@@ -40,17 +41,22 @@ class Given:
         """The rows that the matrix `key` of an expert multiplies, in the order of the data."""
         own = [rows[(chosen == expert).any(-1)] for rows, chosen in zip(self.rows, self.chosen, strict=True)]
         rows = torch.cat(own)
-        return self._gated(rows, expert) if key == "down_proj" else rows
+        return self._gated(rows, expert) if key == DOWN else rows
 
-    def _gated(self, rows: Tensor, expert: int) -> Tensor:
-        """What transformers' implementations of experts have between the first product and the second."""
+    def divide(self, scales: Tensor) -> None:
+        """Take it that the rows were divided by these, one for each of K."""
+        self.rows[:] = [(rows / scales).to(rows.dtype) for rows in self.rows]
+
+    def gate(self, product: Tensor) -> Tensor:
+        """What transformers' implementations of experts make of the first product for the second."""
         module = self.module
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        weight, bias = getattr(module, first)[expert], getattr(module, f"{first}_bias", None)
-        product = rows @ (weight if is_transposed(module) else weight.t())
-        product = product if bias is None else product + bias[expert]
         result: Tensor = (module._apply_gate if module.has_gate else module.act_fn)(product)  # type: ignore[operator]
         return result
+
+    def _gated(self, rows: Tensor, expert: int) -> Tensor:
+        bias = getattr(self.module, f"{reading_key(self.module)}_bias", None)
+        product = rows @ matrix(self.module)[expert].t()
+        return self.gate(product if bias is None else product + bias[expert])
 
 
 @contextmanager
@@ -79,15 +85,19 @@ def quantized_experts(site: Site, form: Format, given: Given, method: Method) ->
     """
     found: list[Packed] = []
     rounded: list[int] = []
-    for expert, matrix in enumerate(site.matrices):
+    for expert, weight in enumerate(site.matrices):
         moments = Moments.of(given.inputs(site.key, expert))
         check_finite(f"expert {expert} of {site.name}", moments)
-        if moments.tokens * FEW < matrix.shape[1]:
+        if not is_enough(moments, weight):
             rounded.append(expert)
-        found.append(method.codes(matrix, form, None if expert in rounded else shrunk(moments)))
-    weight = site.weight
-    made = QuantizedTensor(stacked(found), form, weight.shape, weight.dtype, site.transposed)
+        found.append(method.codes(weight, form, None if expert in rounded else shrunk(moments)))
+    made = QuantizedTensor(stacked(found), form, site.weight.shape, site.weight.dtype, site.transposed)
     return made, _told(rounded, len(found), -(-site.matrix.shape[-1] // FEW)) if method.reads_data else ""
+
+
+def is_enough(moments: Moments, weight: Tensor) -> bool:
+    """Whether a matrix (N, K) of an expert got rows enough to be calibrated."""
+    return moments.tokens * FEW >= weight.shape[1]
 
 
 def shrunk(moments: Moments) -> Moments:

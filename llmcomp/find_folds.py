@@ -1,6 +1,6 @@
 """Which scales of channels can be folded away in a decoder layer, whatever its architecture: found by trying them.
 
-    one run of the layer      which linear layers read what a norm gives, and which run before which
+    one run of the layer      which linear layers, routers and experts read what a norm gives, and which run first
     candidates                norm -> its readers; linear -> the reader behind it, by the layouts that fused and grouped
                               projections have
     one run for each          with its scales, powers of two: do the readers read what they should, and is what the
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmcomp.folding import Fold, Form, fold, restored
 from llmcomp.layerwise import Step
 from llmcomp.quantized import QuantizedTensor
-from llmcomp.sites import is_linear, matrix
+from llmcomp.sites import has_experts, is_linear, matrix, reading_key
 
 TOLERANCE = 1e-4  # of the norm of what the layer adds: kernels that give other roundings from run to run
 UNSCALED = "what it reads does not scale with"
@@ -28,7 +28,7 @@ Key = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds of a layer, and why linear layers that were asked about are in none."""
+    """The folds of a layer, and why modules that were asked about are in none."""
 
     found: tuple[Fold, ...]
     reasons: Mapping[nn.Module, str]
@@ -39,14 +39,15 @@ class _Run:
     """What one run of a layer showed. Tensors are kept, so that no two share an address."""
 
     result: Tensor
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of linear layers, as they ran
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of what multiplies them, as it ran
     outputs: dict[Key, nn.Module] = field(default_factory=dict)  # of modules with one weight for each channel
     kept: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
 def find_folds(step: Step, wanted: Sequence[nn.Module]) -> Folds:
-    """Folds whose readers are among `wanted`, linear modules of the step's layer, and other modules that read the same.
+    """Folds whose readers are among `wanted`, linear modules and experts of the step's layer, and other modules that
+    read the same.
 
     Runs the layer on its smallest batch a few times.
     """
@@ -90,8 +91,10 @@ def _run(step: Step) -> _Run:
     run = _Run(torch.empty(0))
     hooks = []
 
-    def linear(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], _: object) -> None:
+    def product(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], _: object) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
+        if given.shape[-1] != matrix(module).shape[-1]:
+            return
         run.inputs[module] = torch.cat([run.inputs[module], given]) if module in run.inputs else given
 
     def norm(module: nn.Module, args: object, output: object) -> None:
@@ -100,8 +103,8 @@ def _run(step: Step) -> _Run:
             run.kept.append(output)
 
     for module in step.layer.modules():
-        if is_linear(module):
-            hooks.append(module.register_forward_hook(linear, with_kwargs=True))
+        if _multiplies(module):
+            hooks.append(module.register_forward_hook(product, with_kwargs=True))
         elif isinstance(weight := module._parameters.get("weight"), Tensor) and weight.dim() == 1:
             hooks.append(module.register_forward_hook(norm))
     try:
@@ -113,12 +116,19 @@ def _run(step: Step) -> _Run:
     return run
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module multiplies what it is given by a matrix, or seems to: experts and routers among them."""
+    weight = module._parameters.get("weight")
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return is_matrix or is_linear(module) or has_experts(module)
+
+
 def _key(values: Tensor) -> Key:
     return values.data_ptr(), values.numel(), values.shape[-1]
 
 
 def _norms(run: _Run) -> dict[nn.Module, tuple[nn.Module, ...]]:
-    """The norms whose outputs linear layers read, and these."""
+    """The norms whose outputs are multiplied, and what does it."""
     readers: dict[nn.Module, tuple[nn.Module, ...]] = {}
     for module, given in run.inputs.items():
         if (norm := run.outputs.get(_key(given))) is not None:
@@ -129,7 +139,7 @@ def _norms(run: _Run) -> dict[nn.Module, tuple[nn.Module, ...]]:
 def _linear_candidates(step: Step, run: _Run, reader: nn.Module) -> Iterator[Fold]:
     """The linear layers that ran just before `reader` on one input, the last first, with every layout that fits."""
     ran = list(run.inputs)
-    before = ran[: ran.index(reader)]
+    before = [module for module in ran[: ran.index(reader)] if is_linear(module)]
     others = [m for m in reversed(before) if _key(run.inputs[m]) != _key(run.inputs[reader])]
     siblings = [m for m in others if _key(run.inputs[m]) == _key(run.inputs[others[0]])]
     columns = run.inputs[reader].shape[-1]
@@ -182,9 +192,10 @@ def _problem(step: Step, run: _Run, candidate: Fold) -> str:
     owned = {id(p) for m in candidate.modules for p in m._parameters.values() if p is not None}
     for module, name in names.items():
         if module in candidate.modules:
-            if isinstance(module._parameters.get("weight"), QuantizedTensor):
+            weight = module._parameters.get(reading_key(module))
+            if isinstance(weight, QuantizedTensor):
                 return f"{name} is quantized already"
-            if module._parameters.get("weight") is None:
+            if weight is None:
                 return f"{name} has a weight that is computed"
         elif any(id(p) in owned for p in module._parameters.values()):
             return f"{name} shares a weight with it"

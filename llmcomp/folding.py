@@ -19,7 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from llmcomp.sites import matrix
+from llmcomp.sites import matrix, reading_key
 
 
 class Form(Enum):
@@ -32,7 +32,8 @@ class Form(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Channels that `source` gives and all `readers` read: column k of a reader reads channel `channels[k]`.
+    """Channels that `source` gives and all `readers` read: column k of a reader reads channel `channels[k]`. Readers
+    are linear layers, routers and experts.
 
     `rows` are the outputs of a linear source that hold the channels, in their order; all that a norm gives.
     """
@@ -99,7 +100,8 @@ def _wide(values: Tensor) -> Tensor:
 @contextmanager
 def restored(found: Fold) -> Iterator[None]:
     """Whatever happens to the parameters of a fold meanwhile, they are what they were afterwards."""
-    parameters = [(m, name, p) for m in found.modules for name, p in m._parameters.items() if p is not None]
+    read = [(m, name, m._parameters.get(name)) for m in found.modules for name in (reading_key(m), "bias")]
+    parameters = [(m, name, p) for m, name, p in read if p is not None]
     values = [p.detach().clone() for _, _, p in parameters]
     try:
         yield

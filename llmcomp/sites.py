@@ -85,7 +85,7 @@ def sites(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[S
 def experts(model: nn.Module) -> Iterator[Site]:
     """The matrices of experts that transformers multiplies with sorted rows (`use_experts_implementation`)."""
     for name, module in model.named_modules():
-        if not _has_experts(module):
+        if not has_experts(module):
             continue
         for key, weight in module._parameters.items():
             if weight is not None and weight.dim() == 3 and key in PROJECTIONS:
@@ -109,7 +109,8 @@ def why_computed(module: nn.Module, key: str = "weight") -> str | None:
     return f"its {key} is computed in every call: end that first, as torch.nn.utils.parametrize.remove_parametrizations"
 
 
-def _has_experts(module: nn.Module) -> bool:
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module is experts of transformers."""
     return all(isinstance(getattr(module, mark, None), bool) for mark in EXPERTS)
 
 
@@ -137,7 +138,7 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module keeps its weights as (K, N), or as (E, K, N)."""
-    return is_conv(module) or (_has_experts(module) and bool(module.is_transposed))
+    return is_conv(module) or (has_experts(module) and bool(module.is_transposed))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -162,11 +163,19 @@ def names_of(model: nn.Module, site: Site) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if id(m) in held]
 
 
+def reading_key(module: nn.Module) -> str:
+    """The attribute that multiplies what a module is given: of experts their first projection."""
+    if not has_experts(module):
+        return "weight"
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
 def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (N, K), a view where it is kept as (K, N)."""
-    weight = module.weight
+    """The weight that a linear layer multiplies what it is given by, as (N, K), a view where it is kept as (K, N); of
+    experts (E, N, K)."""
+    weight = getattr(module, reading_key(module))
     assert isinstance(weight, Tensor)
-    return weight.t() if is_conv(module) else weight
+    return weight.mT if is_transposed(module) else weight
 
 
 # ---- which of them --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def calibrated(
     folder: Path | None, monkeypatch: pytest.MonkeyPatch, dies_at: int | None = None
 ) -> tuple[object, list[int]]:
     """A model and the layers that were calibrated, not read."""
-    model, layers, calibrate_one = llama(spread=0.2), [], calibration._calibrated
+    model, layers, calibrate_one = llama(spread=0.2), [], calibration.calibrated_layer
 
     def one(step, *rest):  # type: ignore[no-untyped-def]
         if step.index == dies_at:
@@ -39,7 +39,7 @@ def calibrated(
         layers.append(step.index)
         return calibrate_one(step, *rest)
 
-    monkeypatch.setattr(calibration, "_calibrated", one)
+    monkeypatch.setattr(calibration, "calibrated_layer", one)
     try:
         llmcomp.calibrate(model, DATA, SPEC, "awq+gptq", checkpoint=folder)
     except KeyboardInterrupt:

@@ -181,6 +181,58 @@ def test_calibrated_experts_are_nearer_to_the_model(make: type, method: str, mos
     assert len(sizes) == 4 and not done.rounded
 
 
+def uneven() -> PreTrainedModel:
+    """Some channels are large where experts and their router read them, and the weights that read them small."""
+    model = mixtral()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[::16] *= 60
+            layer.mlp.experts.gate_up_proj[..., ::16] /= 60
+            layer.mlp.gate.weight[:, ::16] /= 60
+            layer.mlp.experts.gate_up_proj[:, 96::12] *= 30  # as what the second matrices read
+            layer.mlp.experts.down_proj[..., ::12] /= 30
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_scales_spare_large_channels(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    exact, rounded, calibrated, read = (uneven().to(dtype) for _ in range(4))
+    llmcomp.quantize_(rounded, SPEC)
+    done = llmcomp.calibrate(calibrated, batches(), SPEC, method, checkpoint=tmp_path)
+    assert error(calibrated, exact, batches()) < 0.7 * error(rounded, exact, batches()) and not done.unscaled
+    layer, before = calibrated.model.layers[0], exact.model.layers[0]
+    assert not torch.equal(layer.post_attention_layernorm.weight, before.post_attention_layernorm.weight)
+    steps = (layer.mlp.gate.weight / before.mlp.gate.weight).float().log2()
+    assert bool((steps != 0).any()) and (dtype == torch.float32 or torch.equal(steps, steps.round()))
+    llmcomp.calibrate(read, batches(), SPEC, method, checkpoint=tmp_path)
+    assert error(read, calibrated, batches()) == 0.0
+
+
+def test_scales_go_into_experts_that_stay_float(tmp_path: Path) -> None:
+    exact, rounded, calibrated, read = (uneven() for _ in range(4))
+    spec = {"*.experts.down_proj": "int4_g32"}
+    llmcomp.quantize_(rounded, spec)
+    done = llmcomp.calibrate(calibrated, batches(), spec, "awq", checkpoint=tmp_path)
+    assert error(calibrated, exact, batches()) < 0.7 * error(rounded, exact, batches())
+    assert len(done.quantized) == 2 and not done.unscaled
+    first, before = (m.model.layers[0].mlp.experts.gate_up_proj for m in (calibrated, exact))
+    assert not torch.equal(first, before) and torch.equal(first[:, :96], before[:, :96])
+    llmcomp.calibrate(read, batches(), spec, "awq", checkpoint=tmp_path)
+    assert error(read, calibrated, batches()) == 0.0
+
+
+def test_what_no_scale_goes_into_is_told() -> None:
+    done = llmcomp.calibrate(gpt_oss(), batches(count=1), SPEC, "awq")
+    assert done.unscaled == {DOWN.format(i): "its gate does more than multiply" for i in range(2)}
+    shared = mixtral()
+    norms = [layer.post_attention_layernorm for layer in shared.model.layers]
+    norms[1].weight = norms[0].weight
+    done = llmcomp.calibrate(shared, batches(count=1), SPEC, "awq")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert "shares a weight" in done.unscaled[name] and f"{name:40} not scaled: " in str(done)
+
+
 def test_what_is_rounded_is_told(tmp_path: Path) -> None:
     data = [torch.arange(3, 9)[None]]
     done, again = (llmcomp.calibrate(mixtral(), data, SPEC, checkpoint=tmp_path) for _ in range(2))
