@@ -32,7 +32,7 @@ from llmcomp.perplexity import Perplexity, perplexity
 from llmcomp.quantization import Spec, quantize_
 
 MIXED = "mixed"
-DEFAULT_FORMATS = "int8,fp8,int4_g32,int4,nf4,mxfp4"
+DEFAULT_FORMATS = "int8,int8_dynamic,fp8,fp8_dynamic,int4_g32,int4,nf4,mxfp4"
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcomp.errors import FormatError, OptionError
-from llmcomp.evaluate import evaluate, main, parse, pieces, quantize, table
+from llmcomp.evaluate import DEFAULT_FORMATS, evaluate, main, parse, pieces, quantize, table
 from llmcomp.formats import Int4, Int8
 from llmcomp.mixed_precision import Budget
 from llmcomp.quantized import QuantizedTensor
@@ -27,6 +27,8 @@ def small() -> LlamaForCausalLM:
 def test_names() -> None:
     assert parse("int4") == (Int4(), None)
     assert parse("int8_dynamic+smoothquant+gptq") == (Int8(dynamic=True), "smoothquant+gptq")
+    dynamic = [str(parse(name)[0]) for name in DEFAULT_FORMATS.split(",") if parse(name)[0].dynamic]  # type: ignore[union-attr]
+    assert dynamic == ["int8_dynamic", "fp8_dynamic"]
     assert parse("mixed4.5+awq") == (Budget(bits=4.5), "awq")
     for name, says in (
         ("int4+owq", "found 'owq'"),
