@@ -9,7 +9,7 @@
 Masks are zeros of the weights themselves, which every way of saving keeps; llmcomp/masks.py says how they hold.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 
@@ -141,7 +141,7 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
     Raises:
         OptionError, PruneError: see `prune_`.
     """
-    _require_model(model)
+    require_model(model)
     choose = _chooser(model, spec)
     plans = []
     for site in _sites(model):
@@ -154,7 +154,7 @@ def planned(model: nn.Module, spec: object) -> list[Plan]:
     return plans
 
 
-def _require_model(model: object) -> None:
+def require_model(model: object) -> None:
     """Refuse what has no weights with values.
 
     Raises:
@@ -248,12 +248,17 @@ def by_weights(plans: Sequence[Plan]) -> list[tuple[Plan, Tensor]]:
     made: list[tuple[Plan, Tensor]] = []
     for by, group in together.items():
         if isinstance(by, Magnitude) and by.scope == "global":
-            worth = torch.cat([plan.site.weight.float().abs().flatten() for plan in group])
-            parts = keep_largest(worth, by.sparsity).split([plan.site.weight.numel() for plan in group])
-            made += [(plan, part.view(plan.site.weight.shape)) for plan, part in zip(group, parts, strict=True)]
+            made += zip(group, masks_together([plan.site.weight for plan in group], by.sparsity), strict=True)
         else:
             made += [(plan, mask_of(plan.site.weight, by, plan.site.transposed)) for plan in group]
     return made
+
+
+def masks_together(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """The masks of matrices of which a part goes, the smallest weights of all of them."""
+    worth = torch.cat([weight.float().abs().flatten() for weight in weights])
+    parts = keep_largest(worth, sparsity).split([weight.numel() for weight in weights])
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
 @torch.no_grad()
@@ -278,20 +283,24 @@ def _structured(worth: Tensor, by: NM | Block) -> Tensor:
 
 
 def _prune_units(model: nn.Module, by: Structured, batches: Batches | None) -> Pruning:
-    _require_model(model)
+    require_model(model)
     given = token_batches(model, _require_data(by, batches)) if by.needs_data else []
     found = unit_masks(model, by, given)
-    rows = []
-    for name, module in model.named_modules():
+    for module in model.modules():
         for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            full, shape = f"{name}.{key}", tuple(parameter.shape)
-            if (mask := found.masks.get(id(parameter))) is not None:
+            if parameter is not None and (mask := found.masks.get(id(parameter))) is not None:
                 hold((module,), key, _and(parameter, mask))
-                rows.append(PrunedRow(full, shape, by, "", _zeros(parameter)))
-            elif (reason := found.left.get(id(parameter))) is not None:
-                rows.append(PrunedRow(full, shape, None, reason, _zeros(parameter)))
+    return pruning_of_units(model, by, found.masks, found.left)
+
+
+def pruning_of_units(model: nn.Module, by: Structured, pruned: Container[int], left: Mapping[int, str]) -> Pruning:
+    """The report on the parameters with these ids, as they are now; `left` says why some lose no unit."""
+    rows = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in pruned:
+            rows.append(PrunedRow(name, tuple(parameter.shape), by, "", _zeros(parameter)))
+        elif (reason := left.get(id(parameter))) is not None:
+            rows.append(PrunedRow(name, tuple(parameter.shape), None, reason, _zeros(parameter)))
     return Pruning(tuple(rows))
 
 

@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmcomp.errors import OptionError, PruneError
-from llmcomp.masks import Held, held, hold
-from llmcomp.pruning import PruneSpec, Pruning, planned, pruning_of
-from llmcomp.saliency import keep_largest
-from llmcomp.sparsity import Magnitude, Movement, Sparsity, parse_sparsity, require_fraction
+from llmcomp.gradual import Moving, OfUnits, Way, way_of
+from llmcomp.pruning import Plan, PruneSpec, Pruning, planned, pruning_of, pruning_of_units, require_model
+from llmcomp.sparsity import Sparsity, Structured, Zeros, parse_sparsity, require_fraction
+from llmcomp.units import Units
 
 
 def cubic(progress: float, initial: float, final: float) -> float:
@@ -28,15 +27,19 @@ def cubic(progress: float, initial: float, final: float) -> float:
 
 
 def _require_gradual(by: Sparsity) -> None:
-    """Refuse what has no sparsity of each matrix that could rise.
+    """Refuse what can't be chosen again at each step, or has nothing that could rise.
 
     Raises:
-        OptionError: says which can.
+        OptionError: says why.
     """
-    if not isinstance(by, Magnitude | Movement) or getattr(by, "scope", "tensor") != "tensor":
+    if by.needs_data:
         raise OptionError(
-            f"expected Magnitude of each tensor, or Movement, in a schedule, found {by!r}: pass Magnitude(0.5), which "
-            'is "50%", or Movement(0.5); all others prune at once, by llmcomp.prune_'
+            f"expected weights that a schedule can choose again at each step, found {by!r}, which runs the model on "
+            "calibration data to choose: choose by magnitude or Movement(0.5), or prune at once, by llmcomp.prune_"
+        )
+    if isinstance(by, Zeros):
+        raise OptionError(
+            'expected a part that rises, found Zeros(), which holds what is zero: pass "50%", or call llmcomp.prune_'
         )
 
 
@@ -46,11 +49,13 @@ class PruningSchedule:
     def __init__(
         self, model: nn.Module, spec: PruneSpec, steps: int, begin: int = 0, every: int = 1, initial: float = 0.0
     ) -> None:
-        """`spec` as for `prune_`, of Magnitude and Movement; steps `begin` to `begin + steps` prune, each `every`-th.
+        """`spec` as for `prune_`, of what needs no data, or Movement; steps `begin` to `begin + steps` prune, each
+        `every`-th. llmcomp/gradual.py says what a part of a target is.
 
         Raises:
-            OptionError: an unknown spec, or a schedule that does not end.
-            PruneError: a matrix that is chosen is not trained, or does not fit. The model is then as it was.
+            OptionError: an unknown spec, one that can't be followed step by step, or a schedule that does not end.
+            PruneError: a weight that is chosen is not trained, or does not fit, or units that can't be removed (see
+                `prune_`). The model is then as it was.
         """
         for name, value, least in (("steps", steps, 1), ("begin", begin, 0), ("every", every, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -66,21 +71,31 @@ class PruningSchedule:
         given = parse_sparsity(spec) if isinstance(spec, str) else spec
         if isinstance(given, Sparsity):
             _require_gradual(given)
-        self._plans = planned(model, given)
-        chosen = [plan for plan in self._plans if plan.by is not None]
-        for plan in chosen:
-            assert plan.by is not None
-            _require_gradual(plan.by)
-            if not plan.site.weight.requires_grad:
-                raise PruneError(f"expected weights that are trained, found {plan.site.name} frozen: leave it out")
-        if not chosen:
+        self._model, self._given = model, given
+        self._plans = [] if isinstance(given, Structured) else planned(model, given)
+        self._ways = self._of_units(given) if isinstance(given, Structured) else self._of_matrices()
+        self._parameters = [parameter for way in self._ways for parameter in way.parameters]
+
+    def _of_matrices(self) -> list[Way]:
+        together: dict[Sparsity, list[Plan]] = {}
+        for plan in self._plans:
+            if plan.by is not None:
+                _require_gradual(plan.by)
+                _require_trained(plan.site.name, plan.site.weight)
+                together.setdefault(plan.by, []).append(plan)
+        if not together:
             left = "; ".join(f"{plan.site.label}: {plan.reason}" for plan in self._plans[:3]) or "it has none"
             raise PruneError(f"expected matrices to prune in this model, found none ({left}): pass another spec")
-        self._matrices = [
-            _Matrix(plan.site.name, plan.site.holders, plan.by.sparsity, isinstance(plan.by, Movement))
-            for plan in chosen
-            if isinstance(plan.by, Magnitude | Movement)
-        ]
+        return [way_of(by, plans) for by, plans in together.items()]
+
+    def _of_units(self, by: Structured) -> list[Way]:
+        require_model(self._model)
+        units = Units(self._model, by)
+        if not units.wanted:
+            raise PruneError(f"expected heads, channels or layers to remove, found less than one of them in {by}")
+        for name, module, key in units.parameters(self._model):
+            _require_trained(name, module._parameters[key])
+        return [OfUnits(self._model, units)]
 
     @property
     def progress(self) -> float:
@@ -100,16 +115,16 @@ class PruningSchedule:
         """
         passed = self.count + 1 - self.begin
         prunes = 0 < passed <= self.steps and (passed % self.every == 0 or passed == self.steps)
-        matrices = self._measured() if prunes else []
+        if prunes:
+            self._require_measured()
         self.count += 1
-        for matrix in matrices:
-            matrix.prune(cubic(self.progress, min(self.initial, matrix.target), matrix.target))
+        for way in self._ways if prunes else ():
+            way.prune(lambda target: cubic(self.progress, min(self.initial, target), target))
 
-    def _measured(self) -> list["_Matrix"]:
-        """The matrices of which is known what their weights are worth."""
-        found = [matrix for matrix in self._matrices if matrix.is_measured]
-        missing = [matrix for matrix in self._matrices if not matrix.is_measured]
-        if missing and not found:
+    def _require_measured(self) -> None:
+        """Ask that for some matrix it is known what its weights are worth, and tell of those for which it is not."""
+        missing = [p for p in self._parameters if isinstance(p, Moving) and not p.is_measured]
+        if len(missing) == len(self._parameters):
             raise PruneError(
                 f"expected gradients of {missing[0].name} to prune by movement, found none since the schedule began: "
                 "call backward() before step(), on the model that the schedule was made for"
@@ -118,11 +133,10 @@ class PruningSchedule:
             if not matrix.warned:
                 matrix.warned = True
                 warnings.warn(f"{matrix.name} is not pruned yet: no gradient has reached it", stacklevel=3)
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands: steps, masks, and what movement has measured. The weights are the model's."""
-        return {"count": self.count, "matrices": {m.name: m.state() for m in self._matrices}}
+        return {"count": self.count, "matrices": {m.name: m.state() for m in self._parameters}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a schedule of the same model and spec was; to be called after the weights are loaded.
@@ -132,11 +146,11 @@ class PruningSchedule:
         """
         if (problem := self._misfit(state)) is not None:
             raise PruneError(
-                f"expected the state of a schedule of {', '.join(m.name for m in self._matrices)}, found {problem}: "
+                f"expected the state of a schedule of {', '.join(m.name for m in self._parameters)}, found {problem}: "
                 "pass what state_dict() of a schedule of the same model and spec gave"
             )
         self.count, given = state["count"], state["matrices"]
-        for matrix in self._matrices:
+        for matrix in self._parameters:
             matrix.load(given[matrix.name])
 
     def _misfit(self, state: object) -> str | None:
@@ -144,80 +158,22 @@ class PruningSchedule:
         if not isinstance(state, Mapping):
             return repr(state)
         count, given = state.get("count"), state.get("matrices")
-        if not isinstance(given, Mapping) or set(given) != {m.name for m in self._matrices}:
+        if not isinstance(given, Mapping) or set(given) != {m.name for m in self._parameters}:
             return (
                 f"one of {', '.join(map(str, given)) or 'none'}" if isinstance(given, Mapping) else f"one of {given!r}"
             )
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
             return f"count={count!r}"
-        return next((problem for m in self._matrices if (problem := m.misfit(given[m.name])) is not None), None)
+        return next((problem for m in self._parameters if (problem := m.misfit(given[m.name])) is not None), None)
 
     def report(self) -> Pruning:
         """What is pruned by now, matrix by matrix."""
-        return pruning_of(self._plans)
+        if not isinstance(self._given, Structured):
+            return pruning_of(self._plans)
+        pruned = {id(p.weight) for p in self._parameters if not bool(p.held.mask.all())}
+        return pruning_of_units(self._model, self._given, pruned, {})
 
 
-class _Matrix:
-    """One weight on its way; by movement, with what it is worth, and the values of what is pruned."""
-
-    def __init__(self, name: str, holders: tuple[nn.Module, ...], target: float, moves: bool) -> None:
-        self.name, self.holders, self.target = name, holders, target
-        weight = self.weight
-        self.worth = torch.zeros_like(weight, dtype=torch.float32) if moves else None
-        self.values = weight.detach().clone() if moves else None
-        self.is_measured, self.warned = not moves, False
-        hold(holders, "weight", weight.detach() != 0).watch = self._watch if moves else None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight; load_state_dict(assign=True) may have put another there."""
-        weight = self.holders[0]._parameters["weight"]
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def held(self) -> Held:
-        """What keeps the weight at zero, also where somebody let it go."""
-        found = held(self.weight)
-        if found is None:
-            found = hold(self.holders, "weight", self.weight.detach() != 0)
-            found.watch = self._watch if self.worth is not None else None
-        return found
-
-    def state(self) -> dict[str, Tensor]:
-        state = {"mask": self.held.mask, "worth": self.worth, "values": self.values}
-        return {key: value.clone() for key, value in state.items() if value is not None}
-
-    def misfit(self, state: object) -> str | None:
-        """Why a state is not that of this matrix, or None."""
-        if not isinstance(state, Mapping):
-            return f"for {self.name} {state!r}"
-        if wrong := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-            return f"for {self.name} {wrong[0]}={state[wrong[0]]!r}"
-        mine = {key: (value.shape, value.dtype) for key, value in self.state().items()}
-        found = {key: (value.shape, value.dtype) for key, value in state.items()}
-        return None if mine == found else f"for {self.name} {found}, not {mine}"
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        device = self.weight.device
-        self.held.mask = state["mask"].to(device, copy=True)
-        if self.worth is not None:
-            self.worth, self.values = (state[key].to(device, copy=True) for key in ("worth", "values"))
-            self.is_measured = bool(self.worth.any())
-        self.held.apply()
-
-    def _watch(self, gradient: Tensor) -> None:
-        assert self.worth is not None and self.values is not None
-        values = torch.where(self.held.mask, self.weight.detach(), self.values)
-        self.is_measured = True
-        self.worth -= values.float() * gradient.float()
-
-    @torch.no_grad()
-    def prune(self, sparsity: float) -> None:
-        if self.worth is None or self.values is None:
-            self.held.mask = keep_largest(self.weight.float().abs(), sparsity) & self.held.mask
-        else:
-            self.values = torch.where(self.held.mask, self.weight, self.values)
-            self.held.mask = keep_largest(self.worth, sparsity)
-            self.weight.copy_(self.values)
-        self.held.apply()
+def _require_trained(name: str, weight: Tensor | None) -> None:
+    if weight is None or not weight.requires_grad:
+        raise PruneError(f"expected weights that are trained, found {name} frozen: leave it out")

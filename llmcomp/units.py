@@ -4,7 +4,7 @@ What is removed becomes zero, biases among it, so the masked model computes what
 is in llmcomp/unit_blocks.py, what they are worth in llmcomp/unit_worth.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,14 @@ class UnitMasks:
 
     masks: dict[int, Tensor]
     left: dict[int, str]
+
+
+Due = Callable[[int, int], int]
+"""How many units go now, where so many of so many are to go in the end."""
+
+
+def _all(number: int, count: int) -> int:
+    return number
 
 
 def unit_masks(model: nn.Module, by: Structured, batches: Sequence[TokenBatch]) -> UnitMasks:
@@ -60,8 +68,21 @@ class Units:
         """All of them."""
         return [*self.heads, *self.channels]
 
-    def masks(self, worth: Worth) -> UnitMasks:
-        """The masks that remove the units that are worth least."""
+    @property
+    def wanted(self) -> int:
+        """How many of them go."""
+        heads = sum(_number(self.by.heads, block.count) for block in self.heads)
+        return heads + sum(_number(self.by.channels, block.count) for block in self.channels) + self.by.layers
+
+    def parameters(self, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+        """The parameters that may lose units: their names, their modules, and what they are called there."""
+        names = {module: name for name, module in model.named_modules()}
+        found = [(part.module, part.key) for block in self.blocks for part in block.parts]
+        found += [pair for layer in self.layers if self.by.layers for pair in parameters_of(layer)]
+        return [(f"{names[module]}.{key}".lstrip("."), module, key) for module, key in dict.fromkeys(found)]
+
+    def masks(self, worth: Worth, due: Due = _all) -> UnitMasks:
+        """The masks that remove the units that are worth least: as many as are due."""
         masks: dict[int, Tensor] = {}
         left: dict[int, str] = {}
         for kind, blocks, wanted in (
@@ -70,13 +91,13 @@ class Units:
         ):
             for block in blocks:
                 number = _number(wanted, block.count)
-                for unit in _least(worth[block.name], number):
+                for unit in _least(worth[block.name], due(number, block.count)):
                     for part in block.parts:
                         part.drop(_mask(masks, part.parameter), unit)
                 if not number:
                     reason = f"{wanted} of its {block.count} {kind} is less than one"
                     left |= {id(part.parameter): reason for part in (*block.makers, block.reader)}
-        for index in _least(worth["layers"], self.by.layers) if self.by.layers else ():
+        for index in _least(worth["layers"], due(self.by.layers, len(self.layers))):
             _drop_layer(masks, self.layers[index])
         return UnitMasks(masks, left)
 
