@@ -34,7 +34,8 @@ exec env -u LD_PRELOAD g++ "$@" -g1 -Og -fsanitize=address,undefined -fno-saniti
 FOLDER = Path(tempfile.gettempdir()) / f"llmcomp-sanitized-{os.getuid()}"
 DEFAULT = """tests/test_cpp.py tests/test_cpp_attend.py tests/test_cpp_contract.py tests/test_cpp_expr.py
     tests/test_cpp_plan.py tests/test_backend.py tests/test_bad_input.py tests/test_opinfo.py tests/test_kv_cache.py
-    tests/test_models.py""".split()
+    tests/test_models.py tests/test_cpp_packed.py tests/test_dynamic.py tests/test_masked.py tests/test_two_four.py
+    tests/test_blocks.py tests/test_quantized_experts.py""".split()
 # What looks at the speed or the last bits that -O3 gives, and what takes long in processes of its own.
 LEFT_OUT = "vectorize or long_sums or (rms_norm and float64) or minifier"
 

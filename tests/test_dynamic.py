@@ -107,6 +107,7 @@ def test_tables_are_looked_up_as_they_are() -> None:
     assert torch.equal(torch.compile(table, backend="llmcomp")(ids), table.weight.dequantize()[ids])
 
 
+@pytest.mark.slow
 def test_packed_bytes_are_what_a_step_reads() -> None:
     model = llama()
     llmcomp.quantize_(model, "int8_dynamic")

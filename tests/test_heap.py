@@ -63,6 +63,7 @@ def test_quantizing_in_place_frees_the_float_weights() -> None:
     assert peak < built + 128 * MIB  # float weights go as packed ones come; a few MB are computed with in float32
 
 
+@pytest.mark.slow
 def test_a_loaded_model_keeps_no_file_in_memory(tmp_path: object) -> None:
     after, mapped, packed = numbers(LOADED, str(tmp_path))
     assert after < 1.15 * packed + 16 * MIB

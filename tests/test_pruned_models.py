@@ -40,6 +40,7 @@ def test_generate(cache: str, graphs: list[GraphReport]) -> None:
     check_saved(graphs, "heads of attention")
 
 
+@pytest.mark.slow
 def test_a_grown_cache_is_still_appended_to_in_place(graphs: list[GraphReport]) -> None:
     model = without_heads()
     with torch.no_grad():
@@ -67,6 +68,7 @@ def test_between_calls(graphs: list[GraphReport]) -> None:
             assert_equal_float32(fast(IDS[:, :length]), model(IDS[:, :length], use_cache=False).logits)
 
 
+@pytest.mark.slow
 def test_hidden_channels(graphs: list[GraphReport]) -> None:
     model = llama(spread=0.1)
     with torch.no_grad():

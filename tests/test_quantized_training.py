@@ -233,6 +233,7 @@ def test_copies_are_trained_for_themselves() -> None:
         assert latent_of(made[0].weight) is not latent_of(model[0].weight)
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_tied_head_and_the_backend(graphs: list[GraphReport]) -> None:
     model = llama(spread=0.1).train()
     report = llmcomp.train_quantized_(model, "int4_g32")

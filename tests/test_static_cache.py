@@ -96,11 +96,14 @@ def test_generate_holds_codes(graphs: list[GraphReport], make: Make, kv_dtype: s
     close(list(found.logits), list(expected.logits))
 
 
-EARLY = pytest.mark.parametrize("early", [False, True], ids=["made by the graph", "made by the caller"])
+EARLY = pytest.mark.parametrize(
+    "early", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["made by the graph", "made by the caller"]
+)
 
 
+@pytest.mark.slow
 @EARLY
-@pytest.mark.parametrize("make", [pytest.param(llama, marks=pytest.mark.slow), mistral])
+@pytest.mark.parametrize("make", [llama, mistral])
 def test_a_loop_has_no_graph_too_many(graphs: list[GraphReport], make: Make, early: bool) -> None:
     counts = []
     for kv_dtype in (None, "int8"):
