@@ -2,7 +2,7 @@
 
     gated(linear(x, a), linear(x, b)), channels kept   ->  gated(linear(x, a[kept]), linear(x, b[kept]))
     view(linear(x, a), [B, S, H, D]), heads kept       ->  view(linear(x, a[rows of kept]), [B, S, h, D])
-    linear(x, a)[..., s:e], channels kept              ->  linear(x, a[s + kept])
+    linear(x, a)[..., s:e], channels kept              ->  linear(x, a[s + kept]); passes/parts.py has all such parts
     rms_norm(x, w), x zero in the other channels       ->  rms_norm(x', w[kept], count=N)
     attention(q, k, v), heads kept                     ->  attention(q', k', v')
     arange(4), 1 and 3 kept                            ->  the constant [1, 3]
@@ -21,13 +21,12 @@ from torch.fx.node import Argument, map_arg
 
 from llmcomp.graph import Size, argument, insert, is_tensor, same_size, source, val, written
 from llmcomp.passes.axis_maps import MAPS, axis_map
+from llmcomp.passes.parts import SPLITS, VIEWS, Part, part_of, place_in_split
 from llmcomp.passes.relations import is_pointwise
 from llmcomp.passes.zero_structure import PREPARED, Values
 from llmcomp.products import LINEAR, operand_of
 
 aten, ops = torch.ops.aten, torch.ops.llmcomp
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 ATTENTION = ops.attention.default
 RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
@@ -136,14 +135,13 @@ class Narrowing:
             return self._of_attention(node, slices)
         if range_of(node) is not None:
             return []
+        if (part := part_of(node)) is not None and part.shows(slices.dim):
+            self._of_linear(part.linear, Slices(part.lead, ()))
+            return []
         if node.target in VIEWS:
             return [(source(node), through_view(val(source(node)).shape, val(node).shape, slices, node))]
         if last and node.target is LINEAR:
             return self._of_linear(node, slices)
-        if last and (part := part_of_linear(node)) is not None:
-            linear, start = part
-            self._of_linear(linear, Slices(val(linear).dim() - 1, tuple(start + k for k in slices.kept)))
-            return []
         if (place := place_in_split(node)) is not None and place[1] != slices.dim:
             return [(place[0], slices)]
         if last and node.target is ops.rms_norm.default:
@@ -206,9 +204,8 @@ class Narrowing:
                 return operand
             return made[operand] if operand in made else take(operand, self.wanted[operand], indices)
 
-        if last and (part := part_of_linear(node)) is not None:
-            linear, start = part
-            return rows_of(linear, tuple(start + k for k in slices.kept), indices)
+        if (part := part_of(node)) is not None and part.shows(slices.dim):
+            return alone(part.along(slices.dim, slices.kept), indices)
         if (numbers := range_of(node)) is not None:
             some = indices.node([numbers[k] for k in slices.kept], val(node))
             same = val(node).dtype == torch.int64
@@ -306,41 +303,20 @@ def take(weight: Node, slices: Slices, indices: Indices) -> Node:
     return part
 
 
-def rows_of(linear: Node, kept: Sequence[int], indices: Indices) -> Node:
-    """A linear layer for some of its outputs, made where the graph stands."""
+def alone(part: Part, indices: Indices) -> Node:
+    """A part of a linear layer as a layer of its own, made where the graph stands."""
+    linear, kept = part.linear, tuple(part.rows.flatten().tolist())
     weight, bias, kn = linear.args[1:4]
     assert isinstance(weight, Node)
-    some = take(weight, Slices(1 if kn else 0, tuple(kept)), indices)
-    part = take(bias, Slices(0, tuple(kept)), indices) if isinstance(bias, Node) else None
-    return insert(linear.graph, LINEAR, operand_of(linear), some, part, bool(kn))
-
-
-def part_of_linear(node: Node) -> tuple[Node, int] | None:
-    """The linear layer of which a node is some neighbouring outputs, and the first of them; or None."""
-    if node.target is aten.slice.Tensor and argument(node, "step") == 1:
-        dim, start = int(argument(node, "dim")), argument(node, "start") or 0  # type: ignore[arg-type]
-        place = (source(node), dim % val(node).dim(), start)
-    elif (found := place_in_split(node)) is not None:
-        place = found[:3]
-    else:
-        return None
-    linear, dim, start = place
-    if linear.target is not LINEAR or dim != val(node).dim() - 1 or not isinstance(start, int):
-        return None
-    whole = val(linear).shape[-1]
-    return (linear, start % whole) if isinstance(whole, int) else None
-
-
-def place_in_split(node: Node) -> tuple[Node, int, int, int] | None:
-    """What a part of a split tensor is a part of, along which axis, from where to where."""
-    if node.target is not operator.getitem or source(node).target not in SPLITS:
-        return None
-    split, at = source(node), int(node.args[1])  # type: ignore[arg-type]
-    dim = int(argument(split, "dim")) % val(node).dim()  # type: ignore[arg-type]
-    sizes = [part.shape[dim] for part in split.meta["val"][: at + 1]]
-    if not all(isinstance(n, int) for n in sizes):
-        return None
-    return source(split), dim, sum(sizes[:-1]), sum(sizes)
+    some = take(weight, Slices(1 if kn else 0, kept), indices)
+    less = take(bias, Slices(0, kept), indices) if isinstance(bias, Node) else None
+    made = insert(linear.graph, LINEAR, operand_of(linear), some, less, bool(kn))
+    if part.rows.dim() > 1:
+        made = insert(linear.graph, aten.view.default, made, [*part.leads, *part.rows.shape])
+    moved = [dim for dim, axis in enumerate(part.axes) if dim != axis]
+    if len(moved) == 2:
+        return insert(linear.graph, aten.transpose.int, made, *moved)
+    return insert(linear.graph, aten.permute.default, made, list(part.axes)) if moved else made
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------

@@ -20,16 +20,15 @@ from llmcomp.graph import insert, is_tensor, replace, same_size, source, val
 from llmcomp.passes.base import Report
 from llmcomp.passes.narrow import (
     ATTENTION,
-    VIEWS,
     Indices,
     Narrowing,
     Run,
     Slices,
     Whole,
-    part_of_linear,
-    rows_of,
+    alone,
     take,
 )
+from llmcomp.passes.parts import VIEWS, part_of, parts_of
 from llmcomp.passes.relations import is_pointwise
 from llmcomp.passes.zero_structure import CASTS, Values
 from llmcomp.products import LINEAR, bias_of, operand_of
@@ -283,27 +282,23 @@ def _write(heads: Heads, kept: Sequence[int], narrowing: Narrowing, indices: Ind
         return "too few to pay"
     narrowing.want(operand, -1, channels)
     narrowing.check_readers({layer})
-    parts = [part for node in narrowing.wanted if (part := part_of_linear(node)) is not None]
+    linears = {part.linear for node in narrowing.wanted if (part := part_of(node)) is not None}
     made = narrowing.make(layer.graph, indices)
     _read_less(layer, made[operand], channels, indices)
     layer.graph.eliminate_dead_code()
-    for linear in {linear for linear, _ in parts}:
+    for linear in linears:
         _split_rest(linear, indices)
     return None
 
 
 def _split_rest(linear: Node, indices: Indices) -> None:
     """Parts of a layer whose other parts have become layers do so too: else all of it would still be computed."""
-    parts = [p for user in linear.users for p in (user, *user.users) if part_of_linear(p) is not None]
-    if any(part_of_linear(u) is None and not all(part_of_linear(p) for p in u.users) for u in linear.users):
-        return
-    for part in parts:
-        found = part_of_linear(part)
-        assert found is not None
-        start, width = found[1], int(val(part).shape[-1])
-        with part.graph.inserting_before(part):
-            new = rows_of(linear, range(start, start + width), indices)
-        replace(part, new)
+    for node in parts_of(linear) or ():
+        part = part_of(node)
+        assert part is not None
+        with node.graph.inserting_before(node):
+            new = alone(part, indices)
+        replace(node, new)
 
 
 # ---- the hidden channels --------------------------------------------------------------------------------------------

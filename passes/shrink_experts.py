@@ -17,7 +17,8 @@ from torch.fx import Graph, Node
 
 from llmcomp.graph import argument, insert, is_tensor, known, replace, same_size, source, val
 from llmcomp.passes.base import Report
-from llmcomp.passes.narrow import Indices, Whole, place_in_split
+from llmcomp.passes.narrow import Indices, Whole
+from llmcomp.passes.parts import place_in_split
 from llmcomp.passes.relations import is_pointwise
 from llmcomp.passes.shrink import LEAST, pays
 from llmcomp.passes.zero_structure import CASTS, PREPARED, Values

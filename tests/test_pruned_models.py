@@ -7,7 +7,9 @@ import llmcomp
 from llmcomp.report import GraphReport
 from tests.numerics import assert_equal_float32
 from tests.quantizable import IDS, llama, logits
+from tests.test_unit_layout import model_of
 
+FUSED = ("gpt2", "phi3", "neox", "falcon, by groups")
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
@@ -48,6 +50,19 @@ def test_a_grown_cache_is_still_appended_to_in_place(graphs: list[GraphReport]) 
         model.generate(IDS, max_new_tokens=6, do_sample=False)
     appends = [r.report.rewrites for g in graphs for r in g.passes if r.name == "recognize_append"]
     assert appends and all(n == 4 for n in appends)
+
+
+@pytest.mark.parametrize("kind", ["bloom", *(pytest.param(k, marks=pytest.mark.slow) for k in FUSED)])
+def test_fused_layers(kind: str, graphs: list[GraphReport]) -> None:
+    model = model_of(kind).float()
+    llmcomp.prune_(model, llmcomp.Structured(heads=1))
+    ids = IDS % 100
+    with torch.no_grad():
+        tokens = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        model.forward = torch.compile(model.forward, backend="llmcomp")
+        again = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(again, tokens)
+    check_saved(graphs, "heads of attention")
 
 
 @pytest.mark.slow
