@@ -152,6 +152,7 @@ class Product(NamedTuple):
     room: int = 64  # results for which a thread has registers, as far as what follows the products goes
     together: int = 128  # columns that a program may own
     operands: int = 16  # numbers of a row of the operand that a quad meets, in registers
+    quads: int = 8  # of words that a thread has registers for where one row meets them
     quad: int = 0  # codes of weights that few rows meet in quads of words: how many of what `depth` counts these hold
 
 
@@ -197,7 +198,7 @@ def _units(shape: Product, wanted: int) -> int:
 def gemv_config(shape: Product) -> Config:
     """For few rows: 32 products a thread keep four 16-byte loads of weights under way, or 8 quads of codes eight."""
     if shape.quad:
-        return _quads_gemv(shape, 128, 8 if shape.rows <= shape.experts else 4, 8 if shape.width else 4)
+        return _quads_gemv(shape, 128, shape.quads if shape.rows <= shape.experts else shape.quads // 2, 8 if shape.width else 4)
     return _gemv(shape, 1024, 32 if shape.rows <= shape.experts else 64, 8 if shape.width else 4)
 
 

@@ -364,15 +364,58 @@ def chosen_bytes(
 
 
 @device
+def chosen_nibbles(
+    words: tl.tensor, kept: tl.tensor, half: tl.constexpr, zero: tl.tensor,
+    x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor,
+    x4: tl.tensor, x5: tl.tensor, x6: tl.tensor, x7: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The products [M, N, Q] of 4-bit codes less `zero`, in the low or the high halves of the bytes of words
+    [1, N, Q, 4], with the operands that `kept` [1, N, Q] chooses.
+    """
+    masks = kept[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]
+    words = words >> (4 * half)
+    first, second = _of_group(masks, x0, x1, x2, x3)
+    part = first * _less(words, zero) + second * _less(words >> 8, zero)
+    first, second = _of_group(masks >> 4, x4, x5, x6, x7)
+    part += first * _less(words >> 16, zero) + second * _less(words >> 24, zero)
+    return tl.sum(part, axis=3)
+
+
+@device
+def _less(words: tl.tensor, zero: tl.tensor) -> tl.tensor:
+    """The lowest 4 bits less `zero`, a whole number: they become the last bits of 2**23 as a float32."""
+    return ((words & 15) | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)
+
+
+@device
 def spread_kept_bytes(words: tl.tensor, masks: tl.tensor) -> tl.tensor:
     """Words [W, N] of signed bytes with the masks of their groups as float32 numbers [8 * W, N]."""
     a, b = ((words << 24) >> 24).to(tl.float32), ((words << 16) >> 24).to(tl.float32)
     c, d = ((words << 8) >> 24).to(tl.float32), (words >> 24).to(tl.float32)
+    return _spread_groups(a, b, c, d, masks)
+
+
+@device
+def spread_kept_nibbles(
+    words: tl.tensor, masks: tl.tensor, half: tl.constexpr, zero: tl.tensor, scale: tl.tensor
+) -> tl.tensor:
+    """Words [W, N] of 4-bit codes with the masks of their groups as float32 numbers [8 * W, N]: the low halves, or the
+    high ones, less `zero`, times `scale`.
+    """
+    words = words >> (4 * half)
+    a, b = _less(words, zero) * scale, _less(words >> 8, zero) * scale
+    c, d = _less(words >> 16, zero) * scale, _less(words >> 24, zero) * scale
+    return _spread_groups(a, b, c, d, masks)
+
+
+@device
+def _spread_groups(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, masks: tl.tensor) -> tl.tensor:
+    """What two groups of four keep, [W, N] each, in its columns: [8 * W, N]."""
     w0, w1, w2, w3 = _placed(a, b, masks)
     w4, w5, w6, w7 = _placed(c, d, masks >> 4)
     even, odd = tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
     tiles = tl.permute(tl.join(even, odd), [0, 2, 3, 4, 1])
-    return tl.reshape(tiles, [8 * words.shape[0], words.shape[1]])
+    return tl.reshape(tiles, [8 * a.shape[0], a.shape[1]])
 
 
 @device

@@ -80,6 +80,7 @@ from llmcomp.codegen.triton_packed import (
     columns_of_word,
     gemv_total,
     is_coded,
+    is_halved,
     is_sparse,
     masks_of,
     print_codes_dot,
@@ -555,6 +556,8 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
         fields["quad"] = sympy.Integer(quad_of(kernel))
     if is_sparse(kernel) and is_coded(kernel):
         fields["operands"] = sympy.Integer(32)
+    if is_halved(kernel):
+        fields |= {"quads": sympy.Integer(4), "together": sympy.Integer(64)}
     if (room := min(_room(s) for s in kernel.sections)) < ROOM:
         fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)

@@ -45,19 +45,24 @@ def is_coded(kernel: Contract) -> bool:
     return packing is not None and not isinstance(packing.format, TwoFour | Blocks)
 
 
+def is_halved(kernel: Contract) -> bool:
+    """Whether what 2:4 sparse weights keep are codes of 4 bits, two of which share a byte."""
+    packing = packing_of(kernel)
+    return packing is not None and packing.format.two_four and packing.format.bits == 4
+
+
 def masks_of(kernel: Contract) -> sympy.Expr:
     """The bytes of the masks of a weight row, of those 2:4 sparse: a bit for every column."""
     packing = packing_of(kernel)
     row = kernel.sections[0].accumulators[0].weight.row_stride
     if packing is None or not is_sparse(kernel):
         return sympy.Integer(0)
-    assert not packing.format.two_four or packing.format.bits == 8, "codes of 4 bits of 2:4 are read by the CPU alone"
-    return row / (5 if is_coded(kernel) else 9)
+    return row / (3 if is_halved(kernel) else 5 if is_coded(kernel) else 9)
 
 
 def columns_of_word(kernel: Contract) -> int:
-    """Neighbours along k that a word stands for."""
-    return 8 if is_coded(kernel) else 4
+    """Columns that a word stands for: neighbours along k, or two runs of 8 that are."""
+    return 16 if is_halved(kernel) else 8 if is_coded(kernel) else 4
 
 
 def quad_of(kernel: Contract) -> int:
@@ -225,7 +230,7 @@ def _shift(kernel: Contract, a: Accumulator) -> str:
 
 def gemv_total(kernel: Contract, a: Accumulator) -> str:
     """The products of an accumulator [M, N, QUADS], added up, as numbers."""
-    if sums_integers(kernel):
+    if sums_integers(kernel) or is_halved(kernel):
         return f"tl.sum({spell(a.name)}, axis=2)"
     step = " * codes.NF4_STEP" if _adder(kernel, a) == "add_nf4" else ""
     return f"tl.sum({spell(a.name)}, axis=2) * (codes.UNIT{step})"

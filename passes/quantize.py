@@ -60,8 +60,6 @@ def _unfit(node: Node, weight: Node) -> str | None:
     form = parse_format(str(weight.args[3]))
     if form.dynamic:
         return "this product is none of those whose operand is quantized"
-    if form.two_four and form.bits == 4 and val(node).device.type != "cpu":
-        return f"no kernel of this device reads {form}"
     if val(weight).dim() != 2:
         return "the weight is not a matrix"
     return None

@@ -217,7 +217,7 @@ def with_codes(kernel: Contract, name: str) -> Contract:
 
 
 @assembled
-@pytest.mark.parametrize("name", ["int4", "int8_dynamic", "int8_2:4"])
+@pytest.mark.parametrize("name", ["int4", "int8_dynamic", "int8_2:4", "int4_2:4"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_layers_of_a_model(name: str, capability: int) -> None:
     """Norms in front of them, rotated heads and gates behind them, one to many rows."""

@@ -30,7 +30,17 @@ def test_products(rows: int, k: int, n: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize(
-    "name,dtype", [("int8_2:4", BF16), ("int8_2:4", F32), ("int8_g32_2:4", F32), ("int8_g128_2:4", BF16)]
+    "name,dtype",
+    [
+        ("int8_2:4", BF16),
+        ("int8_2:4", F32),
+        ("int8_g32_2:4", F32),
+        ("int8_g128_2:4", BF16),
+        ("int4_2:4", F32),
+        ("int4_g32_2:4", F32),
+        ("int4_g64_symmetric_2:4", F32),
+        ("int4_2:4", BF16),
+    ],
 )
 @pytest.mark.parametrize("rows,k,n", [(1, 256, 20), (3, 256, 33), (9, 1024, 7)])
 def test_codes(name: str, dtype: torch.dtype, rows: int, k: int, n: int) -> None:
@@ -41,6 +51,13 @@ def test_codes(name: str, dtype: torch.dtype, rows: int, k: int, n: int) -> None
 @pytest.mark.parametrize("rows,k", [(1, 52), (2, 192), (20, 52)])
 def test_codes_of_depths_that_are_no_whole_block(rows: int, k: int) -> None:
     check(rows, k, 9, "int8_2:4", F32)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["int8_g32_2:4", "int4_g32_2:4"])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_scales_end_with_the_depth(name: str, rows: int) -> None:
+    check(rows, 160, 9, name, F32)
 
 
 @assembled
@@ -57,9 +74,23 @@ def test_decode_of_codes(rows: int, capability: int, most: float) -> None:
 
 
 @assembled
+@pytest.mark.parametrize("rows,most", [(1, 6.5), (4, 10)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_of_codes_of_4_bits(rows: int, capability: int, most: float) -> None:
+    """At the memory's pace a H200 has time for 3 of a thread: it is the choosing of operands that takes longer."""
+    for name in ("int4_2:4", "int4_g32_2:4"):
+        kernel = packed_linear(rows, DEEP, 2048, parse_format(name), BF16)
+        (one,) = assemblies(kernel, (), capability)
+        config = load(render(kernel)).default(())
+        weights = config["BLOCK_N"] * config["BLOCK_K"] * 16 / (32 * config.warps)
+        assert one.loop.total() / weights <= most
+        assert one.narrowest_streamed_load == 16 and one.tensor_core_instructions == 0
+
+
+@assembled
 @pytest.mark.parametrize("capability,instruction", [(80, "HMMA"), (90, "HGMMA")])
 def test_prefill_of_codes(capability: int, instruction: str) -> None:
-    for name in ("int8_2:4", "int8_g64_2:4"):
+    for name in ("int8_2:4", "int8_g64_2:4", "int4_2:4", "int4_g32_2:4"):
         kernel = packed_linear(S0, 2048, 2048, parse_format(name), BF16)
         (one,) = assemblies(kernel, (512,), capability)
         assert any(op.startswith(instruction) for op in one.instructions)
