@@ -198,7 +198,8 @@ def _units(shape: Product, wanted: int) -> int:
 def gemv_config(shape: Product) -> Config:
     """For few rows: 32 products a thread keep four 16-byte loads of weights under way, or 8 quads of codes eight."""
     if shape.quad:
-        return _quads_gemv(shape, 128, shape.quads if shape.rows <= shape.experts else shape.quads // 2, 8 if shape.width else 4)
+        quads = shape.quads if shape.rows <= shape.experts else shape.quads // 2
+        return _quads_gemv(shape, 128, quads, 8 if shape.width else 4)
     return _gemv(shape, 1024, 32 if shape.rows <= shape.experts else 64, 8 if shape.width else 4)
 
 
