@@ -92,6 +92,9 @@ def aot_autograd(
         inference_compiler=_boxed(inference),
         keep_inference_input_mutations=True,
     )
+    # These methods are of `gm`, which would live as long as what is compiled.
+    for method in ("zero_grad", "named_parameters", "named_buffers"):
+        vars(compiled).pop(method, None)
     return compiled
 
 

@@ -1,9 +1,11 @@
 """The contracts with torch that llmcomp stands on, one test each."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -86,6 +88,24 @@ def test_training_has_a_forward_graph_and_later_a_backward_graph():
     assert set(graphs) == {"forward", "static forward"}
     y.sum().backward()
     assert "backward" in graphs and layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_graph_of_dynamo_ends_with_its_compilation(grad):
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append(weakref.ref(gm))
+        same = {kind: lambda graph, fake_inputs: graph.forward for kind in ("forward", "backward", "inference")}
+        return compat.aot_autograd(gm, inputs, **same)
+
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(4, 4)
+    with torch.set_grad_enabled(grad):
+        fast = torch.compile(layer, backend=backend)
+        fast(torch.randn(2, 4)).sum().backward() if grad else fast(torch.randn(2, 4))
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
 
 
 def test_static_inputs_are_parameters_and_buffers():
