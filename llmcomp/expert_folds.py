@@ -54,8 +54,8 @@ def multiplied_rows(given: Given, columns: int) -> Tensor | None:
     outputs, place = matrix(given.module).shape[1], matrix(given.module).device
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-2, 3, 64)[:, None]  # clamps are felt by large numbers
-    product = torch.randn(64, outputs, generator=generator) * sizes
-    powers = 2.0 ** (torch.randint(0, 2, (columns,), generator=generator) * 2 - 1)  # 1/2 and 2
+    product = (torch.randn(64, outputs, generator=generator) * sizes).to(place)
+    powers = 2.0 ** (torch.randint(0, 2, (columns,), generator=generator) * 2 - 1).to(place)  # 1/2 and 2
     for rows in _candidates(outputs, columns):
         other = product.clone()
         other[:, rows] *= powers
