@@ -41,13 +41,14 @@ def layout(reach: Reach, rows: int, columns: int) -> Layout:
     Raises:
         PruneError: some belong to no unit, or units differ in size.
     """
-    reached = torch.cat([reach(_one_at_a_time(start, rows)) for start in range(0, rows, AT_ONCE)])[:rows]
-    of_rows, of_columns = _components(reached)
-    if bool((of_rows == columns).any()) or not bool(reached.any(0).all()):
+    pairs = _pairs(reach, rows, columns)
+    if pairs is None:
+        return Layout(torch.arange(rows).unsqueeze(0), torch.arange(columns).unsqueeze(0))
+    of_rows, of_columns = _components(pairs, rows, columns)
+    if bool((of_rows == columns).any()) or len(pairs[:, 1].unique()) < columns:
         raise PruneError("some of its outputs count in nothing, or some of the inputs are made of none")
-    names, sizes = of_columns.unique(return_counts=True)
-    outputs = torch.stack([(of_rows == name).sum() for name in names])
-    if len(sizes.unique()) > 1 or len(outputs.unique()) > 1:
+    (names, inputs), (_, outputs) = (x.unique(return_counts=True) for x in (of_columns, of_rows))
+    if len(inputs.unique()) > 1 or len(outputs.unique()) > 1:
         raise PruneError("its units differ in size")
     found = Layout(*(x.argsort(stable=True).view(len(names), -1) for x in (of_rows, of_columns)))
     if not proves(reach, found, rows, columns):
@@ -57,16 +58,20 @@ def layout(reach: Reach, rows: int, columns: int) -> Layout:
 
 @torch.no_grad()
 def proves(reach: Reach, found: Layout, rows: int, columns: int) -> bool:
-    """Whether the outputs of each unit reach inputs of that unit alone."""
+    """Whether the outputs of each unit reach inputs of that unit alone.
+
+    Those of every other unit at once, of every other two, and so on, reach none of the rest: any two units are told
+    apart by one of these runs. All samples are alike in them.
+    """
     if found.rows.numel() != rows or found.columns.numel() != columns:
         return False
-    for outputs, inputs in zip(found.rows, found.columns, strict=True):
-        values = _values(rows)
-        values[:, outputs] = float("nan")
-        others = torch.ones(columns, dtype=torch.bool)
-        others[inputs] = False
-        if bool(reach(values)[:, others].any()):
-            return False
+    units = torch.arange(len(found.rows))
+    for bit in range(len(units).bit_length()):
+        for chosen in ((units >> bit & 1).bool(), ~(units >> bit & 1).bool()):
+            values = _values(rows)
+            values[:, found.rows[chosen].flatten()] = float("nan")
+            if bool(reach(values)[:, found.columns[~chosen].flatten()].any()):
+                return False
     return True
 
 
@@ -81,13 +86,24 @@ def _one_at_a_time(start: int, rows: int) -> Tensor:
     return values
 
 
-def _components(reached: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(reach: Reach, rows: int, columns: int) -> Tensor | None:
+    """All pairs (output, input) of which the first counts in the second; None where one output counts in all."""
+    found = []
+    for start in range(0, rows, AT_ONCE):
+        reached = reach(_one_at_a_time(start, rows))[: rows - start]
+        if columns > 1 and bool(reached.all(1).any()):
+            return None
+        found.append(reached.nonzero() + torch.tensor([start, 0]))
+    return torch.cat(found)
+
+
+def _components(pairs: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """The least column of the component of every row, and of every column; a row that reaches none has their number."""
-    rows, columns = reached.shape
-    of_columns = torch.arange(columns, dtype=torch.int32)
+    row, column = pairs.unbind(1)
+    of_columns = torch.arange(columns)
     while True:
-        of_rows = torch.where(reached, of_columns, columns).amin(1)
-        least = torch.minimum(torch.where(reached, of_rows[:, None], columns).amin(0), of_columns)
+        of_rows = torch.full((rows,), columns).scatter_reduce(0, row, of_columns[column], "amin")
+        least = of_columns.scatter_reduce(0, column, of_rows[row], "amin")
         if torch.equal(least, of_columns):
             return of_rows, of_columns
         of_columns = least

@@ -245,12 +245,13 @@ def test_units_of_one_size() -> None:
         layout(by_sums(3), 8, 2)
 
 
-def test_units_that_only_meet_together() -> None:
-    """One at a time nothing crosses over: both at once do."""
+@pytest.mark.parametrize("unit", [0, 1])
+def test_outputs_that_only_cross_over_together(unit: int) -> None:
+    """One at a time nothing reaches the other unit: all of one at once do."""
 
     def reach(x: Tensor) -> Tensor:
         nan = by_sums(4)(x)
-        nan[:, 1] |= x[:, :4].isnan().all(1)
+        nan[:, 1 - unit] |= x[:, 4 * unit : 4 * unit + 4].isnan().all(1)
         return nan
 
     with pytest.raises(PruneError, match="not apart"):
