@@ -112,11 +112,12 @@ def _by_taylor(
     watched = {id(w): w for w in (*(b.reader.parameter for b in blocks), *(w for ws in of_layers for w in ws))}
     wanted = [w.requires_grad for w in watched.values()]
     try:
-        with evaluating(model):
+        with evaluating(model), torch.enable_grad():
             for w in watched.values():
                 w.requires_grad_(True)
             for batch in batches:
-                gradients = torch.autograd.grad(_loss(model, batch), list(watched.values()))
+                every = list(watched.values())  # those that the loss does not see are worth nothing
+                gradients = torch.autograd.grad(_loss(model, batch), every, allow_unused=True, materialize_grads=True)
                 pairs = zip(watched.items(), gradients, strict=True)
                 changes = {key: (w * gradient).detach().float() for (key, w), gradient in pairs}
                 for block in blocks:

@@ -122,7 +122,7 @@ def _some(kind: str, wanted: float, model: nn.Module) -> list[Block]:
 
 
 def _number(wanted: float, count: int) -> int:
-    return wanted if isinstance(wanted, int) else int(wanted * count)
+    return wanted if isinstance(wanted, int) else int(wanted * count + 1e-9)  # 0.29 * 100 is a little less than 29
 
 
 def _least(worth: Tensor, number: int) -> list[int]:

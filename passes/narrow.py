@@ -311,7 +311,9 @@ def alone(part: Part, indices: Indices) -> Node:
     some = take(weight, Slices(1 if kn else 0, kept), indices)
     less = take(bias, Slices(0, kept), indices) if isinstance(bias, Node) else None
     made = insert(linear.graph, LINEAR, operand_of(linear), some, less, bool(kn))
-    if part.rows.dim() > 1:
+    if part.rows.dim() == 0:  # a number for each row of x
+        made = insert(linear.graph, aten.select.int, made, part.lead, 0)
+    elif part.rows.dim() > 1:
         made = insert(linear.graph, aten.view.default, made, [*part.leads, *part.rows.shape])
     moved = [dim for dim, axis in enumerate(part.axes) if dim != axis]
     if len(moved) == 2:

@@ -58,6 +58,12 @@ def steps(x: Tensor) -> Tensors:
     return made[..., ::2].sin(), made[..., 1::2].sin()
 
 
+def scalar(x: Tensor) -> Tensors:
+    """A gate of one number for each token beside the rest."""
+    made = QKV(x)
+    return made[..., :95].sin(), made[..., -1].sin()
+
+
 def returned(x: Tensor) -> Tensors:
     made = QKV(x)
     return made[..., :32].sin(), made[..., 32:].unflatten(-1, (4, 16))
@@ -96,6 +102,7 @@ def pieces(fn: Callable[[Tensor], Tensors], dynamic: bool = False) -> tuple[str,
         (moved, [32, 32, 32]),
         (unbound, [32, 32, 32]),
         (steps, [48, 48]),
+        (scalar, [1, 95]),
     ],
 )
 def test_parts_are_layers(fn: Callable[[Tensor], Tensors], sizes: list[int], dynamic: bool) -> None:

@@ -73,6 +73,20 @@ def test_channels_that_the_data_does_not_use_go_first(criterion: str) -> None:
     assert not model.training
 
 
+def test_data_is_seen_where_no_gradients_are_recorded_and_layers_are_not_used() -> None:
+    model = llama()
+    model.model.layers[0].unused = nn.Linear(4, 4)
+    with torch.no_grad():
+        prune_(model, Structured(layers=1, criterion="taylor"), DATA)
+
+
+def test_a_share_of_channels_is_not_cut_down_by_rounding() -> None:
+    config = OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=100, num_hidden_layers=1, num_attention_heads=2)
+    model = OPTForCausalLM(config)
+    prune_(model, Structured(channels=0.29))
+    assert len(gone(model.model.decoder.layers[0].fc2.weight, 1)) == 29
+
+
 def test_biases_go_too_and_are_found_again() -> None:
     config = OPTConfig(
         hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300, word_embed_proj_dim=32
