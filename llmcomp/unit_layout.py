@@ -22,6 +22,7 @@ from llmcomp.token_batches import TokenBatch
 
 AT_ONCE = 64  # outputs that are made NaN in one run, each in a sample of its own
 LENGTH = 2  # tokens
+CACHES = ("past_key_values", "past_key_value", "layer_past")  # what attention layers of transformers call theirs
 Reach = Callable[[Tensor], Tensor]
 """From what a layer gives for samples (AT_ONCE, rows) to whether inputs of the reader are NaN (AT_ONCE, columns)."""
 
@@ -170,7 +171,8 @@ def _calls(model: nn.Module, found: Sequence[Between]) -> dict[nn.Module, _Call]
     calls: dict[nn.Module, _Call] = {}
 
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(module, _Call(args, dict(kwargs)))
+        # A cache would keep what earlier runs wrote into it.
+        calls.setdefault(module, _Call(args, {k: None if k in CACHES else v for k, v in kwargs.items()}))
 
     with ExitStack() as hooks:
         for between in found:

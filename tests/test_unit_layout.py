@@ -162,6 +162,20 @@ def test_channels_of_a_fused_gate(kind: str, criterion: str) -> None:
 # ---- what can't be known --------------------------------------------------------------------------------------------
 
 
+def test_a_cache_that_the_model_makes_is_left_out() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model_of("phi3")
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            logits: Tensor = self.inner(input_ids).logits
+            return logits
+
+    for block in attention_blocks(Wrapped().eval()):
+        assert block.makers[0].units[1].tolist() == SECOND["phi3"]
+
+
 def test_heads_that_share_their_keys_are_one() -> None:
     model = FalconForCausalLM(FalconConfig(**SIZES, multi_query=True)).eval()
     assert [block.count for block in attention_blocks(model)] == [1, 1]
