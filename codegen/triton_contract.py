@@ -557,8 +557,11 @@ def _print_extents(w: Writer, kernel: Contract) -> None:
     if is_sparse(kernel) and is_coded(kernel):
         fields["operands"] = sympy.Integer(32)
     if is_halved(kernel):
-        fields |= {"quads": sympy.Integer(4), "together": sympy.Integer(64)}
-    if (room := min(_room(s) for s in kernel.sections)) < ROOM:
+        fields |= {"quads": sympy.Integer(4), "together": 64 / fields["parts"]}
+    room = min(_room(s) for s in kernel.sections)
+    if is_halved(kernel) and fields["parts"] > 1:
+        room = min(room, ROOM // 16)  # what is spread out of two matrices takes the registers
+    if room < ROOM:
         fields["room"] = sympy.Integer(room)
     extents_function(w, kernel.sizes, "Product", fields)
 
